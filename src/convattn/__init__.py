@@ -1,0 +1,58 @@
+"""convattn: is attention worth it, on your images, with your network, and at what cost?
+
+    import convattn
+
+    model = convattn.attach(model, "cbam")     # output unchanged to the bit, checkpoints still valid
+    convattn.detach(model)                     # the very same modules as before
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from convattn.attachment import Plan, Site, attach, detach, plan
+    from convattn.errors import ConvattnError
+    from convattn.layouts import module_from
+    from convattn.networks.cut import features
+    from convattn.registry import names
+
+__version__ = "0.1.0"
+
+# public name -> where it lives; loaded at first use, so that the import stays light
+_HOMES = {
+    "ConvattnError": "convattn.errors",
+    "Plan": "convattn.attachment",
+    "Site": "convattn.attachment",
+    "attach": "convattn.attachment",
+    "detach": "convattn.attachment",
+    "features": "convattn.networks.cut",
+    "module_from": "convattn.layouts",
+    "names": "convattn.registry",
+    "plan": "convattn.attachment",
+}
+_ROOMS = ("attachment", "compare", "cost", "data", "errors", "layouts", "networks", "nn", "ops", "reporting", "showing")
+
+__all__ = [
+    "ConvattnError",
+    "Plan",
+    "Site",
+    "__version__",
+    "attach",
+    "detach",
+    "features",
+    "module_from",
+    "names",
+    "plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _ROOMS:
+        return importlib.import_module(f"convattn.{name}")
+    raise AttributeError(f"module 'convattn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES, *_ROOMS})

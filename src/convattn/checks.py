@@ -1,0 +1,63 @@
+"""Checks of arguments, each with the message that a user reads."""
+
+import difflib
+from collections.abc import Iterable
+from types import ModuleType
+
+import torch
+
+from convattn.errors import InvalidOption, MissingExtra, ShapeMismatch
+
+SPATIAL = {1: "L", 2: "H, W", 3: "D, H, W"}
+
+
+def positive(where: str, name: str, value: object) -> None:
+    """Raise `InvalidOption` unless `value` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidOption(f"{where}: {name} must be a whole number of at least 1, got {value!r}.")
+
+
+def choice(where: str, name: str, value: object, options: Iterable[object]) -> None:
+    """Raise `InvalidOption` unless `value` is one of `options`."""
+    known = list(options)
+    if value not in known:
+        listed = ", ".join(repr(option) for option in known)
+        raise InvalidOption(f"{where}: {name} must be one of {listed}, got {value!r}.")
+
+
+def dimensions(where: str, value: object) -> None:
+    """Raise `InvalidOption` unless `value` is 1, 2 or 3."""
+    choice(where, "dimensions", value, SPATIAL)
+
+
+def feature_map(where: str, x: torch.Tensor, channels: int | None, spatial: int) -> None:
+    """Raise `ShapeMismatch` unless `x` is (B, channels, *spatial) with that many spatial dimensions, none empty."""
+    if x.dim() != spatial + 2 or (channels is not None and x.shape[1] != channels):
+        raise ShapeMismatch(
+            f"{where}: expected a map of shape (B, {channels or 'C'}, {SPATIAL[spatial]}), got {tuple(x.shape)}; "
+            f"the module was built with dimensions={spatial}"
+            + (f" and channels={channels}." if channels is not None else ".")
+        )
+    if 0 in x.shape[1:]:
+        raise ShapeMismatch(f"{where}: the map has no elements in one of its dimensions: {tuple(x.shape)}.")
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The ending of a message about an unknown name: the nearest known one, then all (or the first twenty)."""
+    listed = sorted(known)
+    near = difflib.get_close_matches(name.lower(), listed, n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    more = f" and {len(listed) - 20} more" if len(listed) > 20 else ""
+    return f"{hint}Known: {', '.join(listed[:20])}{more}."
+
+
+def extra(package: str, needed_for: str, name: str = "compare") -> ModuleType:
+    """Import `package`, or raise `MissingExtra` that says which extra of convattn brings it."""
+    import importlib
+
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise MissingExtra(
+            f'{needed_for} needs the package {package.partition(".")[0]}: pip install "convattn[{name}]" ({error}).'
+        ) from error

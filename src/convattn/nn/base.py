@@ -1,0 +1,88 @@
+"""What all modules share: the contract of a gate and of a pooling head."""
+
+import torch
+from torch import nn
+
+from convattn import checks, ops
+
+STARTS = ("paper", "identity")
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "hardswish": nn.Hardswish,
+}
+GATE_ACTIVATIONS: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "hardsigmoid": nn.Hardsigmoid}
+
+
+class Gate(nn.Module):
+    """A module that multiplies its input with a gate computed from it.
+
+    `gate(x)` is the paper's gate, broadcastable to `x`. With `start="identity"` the module has one parameter more,
+    `strength` with one element, initially 0, and multiplies by `1 + strength * (gate - 1)`: a fresh module changes
+    nothing, to the bit for finite input, and with strength 1 it is the paper's module.
+    """
+
+    # what a gate varies over: "channel" or "spatial"
+    axis = "channel"
+    # one element and not a scalar: sharding wrappers refuse parameters without a dimension
+    strength: nn.Parameter | None
+
+    def __init__(self, *, channels: int | None, dimensions: int, start: str) -> None:
+        super().__init__()
+        where = type(self).__name__
+        checks.dimensions(where, dimensions)
+        checks.choice(where, "start", start, STARTS)
+        if channels is not None:
+            checks.positive(where, "channels", channels)
+        self.channels = channels
+        self.dimensions = dimensions
+        self.register_parameter("strength", nn.Parameter(torch.zeros(1)) if start == "identity" else None)
+
+    def gate(self, x: torch.Tensor) -> torch.Tensor:
+        """The gate alone, broadcastable to `x`."""
+        raise NotImplementedError
+
+    def gates(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The small gates as `forward` applies them, blended with `strength`, by what they vary over."""
+        return {self.axis: ops.blend(self.gate(x), self.strength)}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The gated map, of the shape, dtype and memory format of `x`."""
+        return ops.apply_gate(x, self.gate(x), self.strength)
+
+    def check(self, x: torch.Tensor) -> None:
+        """Raise `ShapeMismatch` unless `x` is a map that this module takes."""
+        if not torch.jit.is_scripting():
+            checks.feature_map(type(self).__name__, x, self.channels, self.dimensions)
+
+
+class Head(nn.Module):
+    """A module that pools a map (B, C, *spatial) to a vector (B, features)."""
+
+    def __init__(self, *, channels: int | None, dimensions: int, features: int | None) -> None:
+        super().__init__()
+        checks.dimensions(type(self).__name__, dimensions)
+        if channels is not None:
+            checks.positive(type(self).__name__, "channels", channels)
+        self.channels = channels
+        self.dimensions = dimensions
+        self.features = features
+
+    def check(self, x: torch.Tensor) -> None:
+        """Raise `ShapeMismatch` unless `x` is a map that this head takes."""
+        if not torch.jit.is_scripting():
+            checks.feature_map(type(self).__name__, x, self.channels, self.dimensions)
+
+
+def hidden_width(where: str, channels: int, reduction: int, hidden: int | None) -> int:
+    """The width of a bottleneck: `hidden` if given, else channels // reduction, at least 1.
+
+    At least 1: a `Linear(channels, 0)` can be built and silently makes the gate a constant.
+    """
+    checks.positive(where, "channels", channels)
+    checks.positive(where, "reduction", reduction)
+    if hidden is None:
+        return max(1, channels // reduction)
+    checks.positive(where, "hidden", hidden)
+    return hidden

@@ -1,0 +1,272 @@
+"""Convolutional block attention (Woo et al., 2018): its channel half, its spatial half, and both."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from convattn import checks, ops
+from convattn.errors import InvalidOption, ShapeMismatch
+from convattn.nn.base import ACTIVATIONS, Gate, hidden_width
+from convattn.registry import register
+
+ORDERS = ("channel-spatial", "spatial-channel", "parallel")
+CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+NORMS: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+@register("channel", "gate")
+class ChannelAttention(Gate):
+    """Gate each channel by one shared MLP over several global poolings.
+
+    gate = sigmoid(sum over pools of MLP(pool(x))),  y = x * gate
+
+    Shape:
+        x: (B, C, *spatial), gate: (B, C, 1, ...), y as x.
+
+    Cost:
+        2 C hidden + hidden + C parameters; one reduction of the map for each pool, one product with it.
+
+    Paper:
+        Sanghyun Woo, Jongchan Park, Joon-Young Lee, In So Kweon: CBAM: Convolutional Block Attention Module,
+        ECCV 2018, arXiv:1807.06521, equation 2.
+
+    Differs from the paper:
+        The paper writes the MLP without biases; the authors' code has them, and so has the default here
+        (`bias=False` for the paper's equation). The pools `l2` and `logsumexp` are in their code only.
+
+    Args:
+        channels: channels of the map.
+        reduction: hidden width is channels // reduction, at least 1.
+        hidden: the hidden width itself, instead of `reduction`.
+        pools: any of `"mean"`, `"max"`, `"l2"` (root of the sum of squares) and `"logsumexp"`.
+        bias: biases in both linear layers.
+        activation: between the linear layers, `"relu"`, `"silu"`, `"gelu"` or `"hardswish"`.
+        dimensions: spatial dimensions of the map, 1 to 3.
+        start: `"paper"`, or `"identity"` for an additional `strength` that starts at 0.
+
+    Raises:
+        InvalidOption: an option out of its range.
+        ShapeMismatch: from `forward` and `gate`, a map of another shape.
+
+    Example:
+        >>> import torch
+        >>> ChannelAttention(64).gate(torch.randn(2, 64, 8, 8)).shape
+        torch.Size([2, 64, 1, 1])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        reduction: int = 16,
+        hidden: int | None = None,
+        pools: Sequence[str] = ("mean", "max"),
+        bias: bool = True,
+        activation: str = "relu",
+        dimensions: int = 2,
+        start: str = "paper",
+    ) -> None:
+        super().__init__(channels=channels, dimensions=dimensions, start=start)
+        checks.choice("ChannelAttention", "activation", activation, ACTIVATIONS)
+        if isinstance(pools, str) or not pools or len(set(pools)) < len(pools):
+            raise InvalidOption(
+                f"ChannelAttention: pools must be a sequence of different names of {', '.join(ops.POOLS)}, got {pools!r}."
+            )
+        for pool in pools:
+            checks.choice("ChannelAttention", "each of pools", pool, ops.POOLS)
+        width = hidden_width("ChannelAttention", channels, reduction, hidden)
+        self.pools = tuple(pools)
+        self.fc1 = nn.Linear(channels, width, bias=bias)
+        self.activation = ACTIVATIONS[activation]()
+        self.fc2 = nn.Linear(width, channels, bias=bias)
+
+    def gate(self, x: torch.Tensor) -> torch.Tensor:
+        """The channel gate (B, C, 1, ...)."""
+        self.check(x)
+        logits = torch.stack([self._mlp(ops.squeeze(x, pool)) for pool in self.pools]).sum(0)
+        return ops.broadcast(torch.sigmoid(logits), self.dimensions)
+
+    def _mlp(self, pooled: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation(self.fc1(pooled)))  # type: ignore[no-any-return]
+
+
+@register("spatial", "gate", takes_channels=False)
+class SpatialAttention(Gate):
+    """Gate each position by a convolution over the channels' mean and maximum there.
+
+    gate = sigmoid(norm(conv([mean over C; max over C]))),  y = x * gate
+
+    Shape:
+        x: (B, C, *spatial), gate: (B, 1, *spatial), y as x.
+
+    Cost:
+        2 k^dimensions parameters, with norm 2 more; two reductions of the map over channels, one product with it.
+
+    Paper:
+        Woo et al.: CBAM: Convolutional Block Attention Module, ECCV 2018, arXiv:1807.06521, equation 3.
+
+    Differs from the paper:
+        The paper has no norm after the convolution; the authors' code has batch norm, and so has the default here
+        (`norm=None` for the paper's equation). Their code concatenates (max, mean), their paper and this module
+        (mean, max). Their ResNet, not their module, sets the norm's weight to 0 at first, which makes the gate 0.5
+        everywhere; this module starts with weight 1.
+
+    Args:
+        kernel_size: odd width of the convolution.
+        norm: `"batch"` or None.
+        norm_momentum: momentum of the batch norm, 0.01 in the authors' code.
+        dimensions: spatial dimensions of the map, 1 to 3.
+        start: `"paper"`, or `"identity"` for an additional `strength` that starts at 0.
+
+    Raises:
+        InvalidOption: an option out of its range.
+        ShapeMismatch: from `forward` and `gate`, a map of another shape, or in training with batch norm a batch of
+            a single position, which has no variance.
+
+    Example:
+        >>> import torch
+        >>> SpatialAttention(kernel_size=3).gate(torch.randn(2, 64, 8, 8)).shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    axis = "spatial"
+
+    def __init__(
+        self,
+        *,
+        kernel_size: int = 7,
+        norm: str | None = "batch",
+        norm_momentum: float = 0.01,
+        dimensions: int = 2,
+        start: str = "paper",
+    ) -> None:
+        super().__init__(channels=None, dimensions=dimensions, start=start)
+        checks.positive("SpatialAttention", "kernel_size", kernel_size)
+        checks.choice("SpatialAttention", "norm", norm, ("batch", None))
+        if kernel_size % 2 == 0:
+            raise InvalidOption(f"SpatialAttention: kernel_size must be odd, got {kernel_size}.")
+        if not 0 < norm_momentum <= 1:
+            raise InvalidOption(f"SpatialAttention: norm_momentum must be above 0 and at most 1, got {norm_momentum}.")
+        self.conv = CONVOLUTIONS[dimensions](2, 1, kernel_size, padding=kernel_size // 2, bias=False)
+        self.norm = NORMS[dimensions](1, momentum=norm_momentum) if norm else None
+
+    def gate(self, x: torch.Tensor) -> torch.Tensor:
+        """The spatial gate (B, 1, *spatial)."""
+        self.check(x)
+        summary = ops.spatial_summary(x)  # [B, 2, *spatial]
+        if self.norm is None:
+            return torch.sigmoid(self.conv(summary))
+        if self.training and summary.numel() == 2 and not torch.jit.is_scripting():
+            raise ShapeMismatch(
+                f"SpatialAttention: batch norm needs more than one position to train on, got a map of shape "
+                f"{tuple(x.shape)}; use a larger batch or map, norm=None, or eval()."
+            )
+        return torch.sigmoid(self.norm(self.conv(summary)))
+
+
+@register("cbam", "gate")
+class CBAM(Gate):
+    """Channel attention, then spatial attention.
+
+    y = x * Mc(x),  z = y * Ms(y)
+
+    Shape:
+        x: (B, C, *spatial), gate: as x, y as x.
+
+    Cost:
+        The parameters of `ChannelAttention` and `SpatialAttention`; four reductions of the map and two products with it.
+
+    Paper:
+        Woo et al.: CBAM: Convolutional Block Attention Module, ECCV 2018, arXiv:1807.06521, equation 1; the orders
+        are those of its table 3.
+
+    Differs from the paper:
+        As `ChannelAttention` and `SpatialAttention` do: biases and batch norm as in the authors' code;
+        `bias=False, norm=None` gives the paper's equations. In the order `"parallel"` both gates see x.
+
+    Args:
+        channels: channels of the map.
+        reduction: hidden width of the channel MLP is channels // reduction, at least 1.
+        hidden: the hidden width itself, instead of `reduction`.
+        pools: poolings of the channel half: any of `"mean"`, `"max"`, `"l2"`, `"logsumexp"`.
+        bias: biases in the channel MLP.
+        activation: in the channel MLP, `"relu"`, `"silu"`, `"gelu"` or `"hardswish"`.
+        kernel_size: odd width of the spatial convolution.
+        norm: `"batch"` or None, after the spatial convolution.
+        norm_momentum: momentum of the batch norm.
+        order: `"channel-spatial"`, `"spatial-channel"` or `"parallel"`.
+        dimensions: spatial dimensions of the map, 1 to 3.
+        start: `"paper"`, or `"identity"` for an additional `strength`, shared by both gates, that starts at 0.
+
+    Raises:
+        InvalidOption: an option out of its range.
+        ShapeMismatch: from `forward` and `gate`, a map of another shape.
+
+    Example:
+        >>> import torch
+        >>> CBAM(64)(torch.randn(2, 64, 8, 8)).shape
+        torch.Size([2, 64, 8, 8])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        reduction: int = 16,
+        hidden: int | None = None,
+        pools: Sequence[str] = ("mean", "max"),
+        bias: bool = True,
+        activation: str = "relu",
+        kernel_size: int = 7,
+        norm: str | None = "batch",
+        norm_momentum: float = 0.01,
+        order: str = "channel-spatial",
+        dimensions: int = 2,
+        start: str = "paper",
+    ) -> None:
+        super().__init__(channels=channels, dimensions=dimensions, start=start)
+        checks.choice("CBAM", "order", order, ORDERS)
+        self.order = order
+        self.channel = ChannelAttention(
+            channels,
+            reduction=reduction,
+            hidden=hidden,
+            pools=pools,
+            bias=bias,
+            activation=activation,
+            dimensions=dimensions,
+        )
+        self.spatial = SpatialAttention(
+            kernel_size=kernel_size, norm=norm, norm_momentum=norm_momentum, dimensions=dimensions
+        )
+
+    def gate(self, x: torch.Tensor) -> torch.Tensor:
+        """The paper's gate: the product of both gates, of the shape of `x`."""
+        self.check(x)
+        if self.order == "spatial-channel":
+            spatial = self.spatial.gate(x)
+            return spatial * self.channel.gate(ops.apply_gate(x, spatial))
+        channel = self.channel.gate(x)
+        return channel * self.spatial.gate(x if self.order == "parallel" else ops.apply_gate(x, channel))
+
+    def gates(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The channel gate (B, C, 1, ...) and the spatial gate (B, 1, *spatial) as `forward` applies them."""
+        self.check(x)
+        if self.order == "spatial-channel":
+            spatial = ops.blend(self.spatial.gate(x), self.strength)
+            channel = ops.blend(self.channel.gate(ops.apply_gate(x, spatial)), self.strength)
+        else:
+            channel = ops.blend(self.channel.gate(x), self.strength)
+            seen = x if self.order == "parallel" else ops.apply_gate(x, channel)
+            spatial = ops.blend(self.spatial.gate(seen), self.strength)
+        return {"channel": channel, "spatial": spatial}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The gated map, of the shape, dtype and memory format of `x`."""
+        self.check(x)
+        if self.order == "spatial-channel":
+            y = ops.apply_gate(x, self.spatial.gate(x), self.strength)
+            return ops.apply_gate(y, self.channel.gate(y), self.strength)
+        y = ops.apply_gate(x, self.channel.gate(x), self.strength)
+        return ops.apply_gate(y, self.spatial.gate(x if self.order == "parallel" else y), self.strength)

@@ -1,0 +1,62 @@
+"""The names of attention modules and pooling heads: one short key each, no aliases.
+
+A module registers itself where it is defined; nothing else has to know of it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from convattn.checks import suggestion
+from convattn.errors import UnknownName
+
+Kind = Literal["gate", "head"]
+Class = TypeVar("Class", bound=type)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered module: `build(channels, **options)` makes one."""
+
+    name: str
+    kind: Kind
+    build: Callable[..., Any]
+
+
+_entries: dict[str, Entry] = {}
+
+
+def register(name: str, kind: Kind, *, takes_channels: bool = True) -> Callable[[Class], Class]:
+    """Class decorator that enters a module under `name`."""
+
+    def enter(cls: Class) -> Class:
+        build = cls if takes_channels else lambda channels, **options: cls(**options)
+        _entries[name] = Entry(name, kind, build)
+        return cls
+
+    return enter
+
+
+def names(kind: Kind | None = None) -> list[str]:
+    """The registered names, sorted; only the gates or only the heads if `kind` is given."""
+    _load()
+    return sorted(entry.name for entry in _entries.values() if kind in (None, entry.kind))
+
+
+def entry(name: str) -> Entry:
+    """The entry of that name.
+
+    Raises:
+        UnknownName: no such name; the message suggests the nearest.
+    """
+    _load()
+    if name not in _entries:
+        raise UnknownName(f"No attention or pooling head is called {name!r}. {suggestion(name, _entries)}")
+    return _entries[name]
+
+
+def _load() -> None:
+    # the modules enter themselves when their package is imported; by name, so that the arrow of imports points down
+    import importlib
+
+    importlib.import_module("convattn.nn")
