@@ -1,9 +1,9 @@
 """convattn: is attention worth it, on your images, with your network, and at what cost?
 
-    import convattn
+import convattn
 
-    model = convattn.attach(model, "cbam")     # output unchanged to the bit, checkpoints still valid
-    convattn.detach(model)                     # the very same modules as before
+model = convattn.attach(model, "cbam")     # output unchanged to the bit, checkpoints still valid
+convattn.detach(model)                     # the very same modules as before
 """
 
 import importlib

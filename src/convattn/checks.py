@@ -43,12 +43,12 @@ def feature_map(where: str, x: torch.Tensor, channels: int | None, spatial: int)
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """The ending of a message about an unknown name: the nearest known one, then all (or the first twenty)."""
+    """The ending of a message about an unknown name: the nearest known ones, and all where they are few."""
     listed = sorted(known)
-    near = difflib.get_close_matches(name.lower(), listed, n=1, cutoff=0.5)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
-    more = f" and {len(listed) - 20} more" if len(listed) > 20 else ""
-    return f"{hint}Known: {', '.join(listed[:20])}{more}."
+    near = difflib.get_close_matches(name.lower(), listed, n=3 if len(listed) > 20 else 1, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(repr(one) for one in near)}?" if near else ""
+    every = f"Known: {', '.join(listed)}." if len(listed) <= 20 else "" if near else f"{len(listed)} names are known."
+    return f"{hint} {every}".strip()
 
 
 def extra(package: str, needed_for: str, name: str = "compare") -> ModuleType:

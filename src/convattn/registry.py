@@ -16,10 +16,11 @@ Class = TypeVar("Class", bound=type)
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered module: `build(channels, **options)` makes one."""
+    """A registered module: `build(channels, **options)` makes one of class `module`."""
 
     name: str
     kind: Kind
+    module: type
     build: Callable[..., Any]
 
 
@@ -31,7 +32,7 @@ def register(name: str, kind: Kind, *, takes_channels: bool = True) -> Callable[
 
     def enter(cls: Class) -> Class:
         build = cls if takes_channels else lambda channels, **options: cls(**options)
-        _entries[name] = Entry(name, kind, build)
+        _entries[name] = Entry(name, kind, cls, build)
         return cls
 
     return enter

@@ -1,0 +1,128 @@
+"""What a module costs: parameters, multiply-adds, time and memory.
+
+Multiply-adds alone mislead: attention adds next to none and yet slows a network, since its cost is memory traffic.
+Time is therefore always shown beside them, measured in turn with what it is compared to.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of repeated measurements with their lower and upper quartile."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Spread":
+        """The spread of at least two values."""
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one module for one input: latency of inference, bytes of activations kept for the backward pass."""
+
+    parameters: int
+    multiply_adds: int
+    latency_ms: Spread
+    saved_bytes: int
+
+
+def measure(module: nn.Module, example: torch.Tensor, *, repeats: int = 10) -> Cost:
+    """The cost of a module for an input.
+
+    Example:
+        >>> from convattn.nn import SqueezeExcite
+        >>> measure(SqueezeExcite(64), torch.randn(1, 64, 8, 8)).parameters
+        512
+    """
+    latency, _ = interleaved({"module": lambda: _infer(module, example)}, repeats=repeats)
+    return Cost(parameters(module), multiply_adds(module, example), latency["module"], saved_bytes(module, example))
+
+
+def parameters(module: nn.Module) -> int:
+    """The number of parameters, shared ones counted once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def multiply_adds(module: nn.Module, example: torch.Tensor) -> int:
+    """Multiply-adds of convolutions and matrix products in one inference; products with a gate count as nothing."""
+    with FlopCounterMode(display=False) as counter:
+        _infer(module, example)
+    return counter.get_total_flops() // 2
+
+
+def saved_bytes(module: nn.Module, example: torch.Tensor) -> int:
+    """Bytes of activations that one forward pass keeps for its backward pass, parameters and the input left out."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers(), example)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        # the output keeps its graph, and with it every counted storage, alive until the sum is taken
+        output = module(example)
+        total = sum(kept.values())
+    del output
+    return total
+
+
+def interleaved(
+    steps: Mapping[str, Callable[[], object]], *, repeats: int = 10, warmup: int = 2, device: torch.device | None = None
+) -> tuple[dict[str, Spread], dict[str, Spread]]:
+    """Time several steps in turn, so that whatever disturbs the machine disturbs all of them.
+
+    Returns:
+        Milliseconds of each step, and the ratio of each step to the first, round by round.
+    """
+    for _ in range(warmup):
+        for step in steps.values():
+            step()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            times[name].append(_milliseconds(step, device))
+    first = times[next(iter(times))]
+    ratios = {name: [value / base for value, base in zip(values, first, strict=True)] for name, values in times.items()}
+    return (
+        {name: Spread.of(values) for name, values in times.items()},
+        {name: Spread.of(values) for name, values in ratios.items()},
+    )
+
+
+def _milliseconds(step: Callable[[], object], device: torch.device | None) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    step()
+    _synchronize(device)
+    return 1000 * (time.perf_counter() - start)
+
+
+def _synchronize(device: torch.device | None) -> None:
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _infer(module: nn.Module, example: torch.Tensor) -> None:
+    modes = {part: part.training for part in module.modules()}
+    try:
+        with torch.no_grad():
+            module.eval()(example)
+    finally:
+        for part, mode in modes.items():
+            part.training = mode

@@ -1,0 +1,182 @@
+"""A name in, a network out."""
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from convattn import checks
+from convattn.errors import InvalidOption, UnknownName, WeightsError
+from convattn.networks.cifar_resnet import (
+    NETWORKS,
+    BasicBlock,
+    CifarResNet,
+    resnet20,
+    resnet32,
+    resnet44,
+    resnet56,
+    resnet110,
+)
+from convattn.networks.weights import load
+
+__all__ = ["BasicBlock", "CifarResNet", "create", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def create(name: str, *, classes: int | None = None, weights: str | Path | None = None) -> nn.Module:
+    """Create a network by name.
+
+    The network has the attributes `input_mean` and `input_std` (one number for each channel of an image scaled to
+    0..1) and `input_size` (the side in pixels that it was made for, or None).
+
+    Args:
+        name: one of ours (`"resnet20"`, 32, 44, 56, 110), `"timm:NAME"`, `"torchvision:NAME"`, or
+            `"FILE.py:function"`, a function that returns a network and may take `classes` or `num_classes`;
+            a bare name is ours first, then timm's.
+        classes: width of the classifier; None leaves the network's own.
+        weights: `"pretrained"`, `"none"` or None for random ones, or a file: safetensors, or a pickle of tensors.
+
+    Raises:
+        UnknownName: no such network; the message suggests the nearest.
+        InvalidOption: `classes` below 1.
+        WeightsError: weights that cannot be had or belong to another network.
+
+    Example:
+        >>> network = create("resnet20", classes=7)
+        >>> network.input_size
+        32
+    """
+    if classes is not None:
+        checks.positive("create", "classes", classes)
+    pretrained = weights == "pretrained"
+    network = _build(str(name), classes, pretrained)
+    if weights is not None and weights not in ("none", "pretrained"):
+        load(network, weights, name=str(name))
+    return network
+
+
+def _build(name: str, classes: int | None, pretrained: bool) -> nn.Module:
+    if ".py:" in name:
+        return _own(name, classes, pretrained)
+    source, _, bare = name.rpartition(":")
+    if source == "timm" or (source == "" and bare not in NETWORKS):
+        return _timm(bare, classes, pretrained, bare_name=source == "")
+    if source == "torchvision":
+        return _torchvision(bare, classes, pretrained)
+    if source:
+        raise UnknownName(
+            f"No source of networks is called {source!r}: use timm:NAME, torchvision:NAME or FILE.py:NAME."
+        )
+    if pretrained:
+        raise WeightsError(f"{bare} brings no pretrained weights: give a file of weights instead.")
+    return _described(NETWORKS[bare]() if classes is None else NETWORKS[bare](classes=classes), size=32)
+
+
+def _timm(name: str, classes: int | None, pretrained: bool, *, bare_name: bool) -> nn.Module:
+    try:
+        timm = checks.extra("timm", f"The network {name!r}")
+    except ImportError as error:
+        if bare_name:
+            raise UnknownName(
+                f"No network of ours is called {name!r}, and timm is not installed. {checks.suggestion(name, NETWORKS)}"
+            ) from error
+        raise
+    if not timm.is_model(name):
+        known = [*NETWORKS, *timm.list_models()] if bare_name else timm.list_models()
+        raise UnknownName(f"No network is called {name!r}. {checks.suggestion(name, known)}")
+    options = {} if classes is None else {"num_classes": classes}
+    network = _fetched(name, pretrained, lambda: timm.create_model(name, pretrained=pretrained, **options))
+    config = network.pretrained_cfg
+    return _described(network, mean=config["mean"], std=config["std"], size=config["input_size"][-1])
+
+
+def _torchvision(name: str, classes: int | None, pretrained: bool) -> nn.Module:
+    models = checks.extra("torchvision.models", f"The network 'torchvision:{name}'")
+    if name not in models.list_models():
+        raise UnknownName(f"torchvision has no network {name!r}. {checks.suggestion(name, models.list_models())}")
+    preset = models.get_model_weights(name).DEFAULT.transforms()
+    chosen = "DEFAULT" if pretrained else None
+    network = _fetched(name, pretrained, lambda: models.get_model(name, weights=chosen))
+    if classes is not None:
+        _reset_classifier(network, name, classes)
+    size = getattr(preset, "crop_size", [None])[0]
+    return _described(
+        network, mean=getattr(preset, "mean", IMAGENET_MEAN), std=getattr(preset, "std", IMAGENET_STD), size=size
+    )
+
+
+def _reset_classifier(network: nn.Module, name: str, classes: int) -> None:
+    # torchvision takes num_classes only without pretrained weights, so the last linear layer is replaced for both
+    linear = [(path, module) for path, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise InvalidOption(f"torchvision:{name} has no linear classifier whose number of classes could be set.")
+    path, old = linear[-1]
+    if old.out_features != classes:
+        fresh = nn.Linear(old.in_features, classes, bias=old.bias is not None)
+        parent, _, key = path.rpartition(".")
+        setattr(network.get_submodule(parent), key, fresh)
+
+
+def _own(name: str, classes: int | None, pretrained: bool) -> nn.Module:
+    file, _, function = name.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise UnknownName(f"No file {file}, named by the network {name!r}.")
+    build = _function(path, function)
+    accepted = inspect.signature(build).parameters
+    options: dict[str, Any] = {}
+    for key in ("classes", "num_classes"):
+        if classes is not None and key in accepted:
+            options[key] = classes
+    if pretrained:
+        if "pretrained" not in accepted:
+            raise WeightsError(f"{name} takes no argument `pretrained`: give a file of weights instead.")
+        options["pretrained"] = True
+    network = build(**options)
+    if not isinstance(network, nn.Module):
+        raise UnknownName(f"{name} returned {type(network).__name__}, expected a torch.nn.Module.")
+    return _described(
+        network,
+        mean=getattr(network, "input_mean", IMAGENET_MEAN),
+        std=getattr(network, "input_std", IMAGENET_STD),
+        size=getattr(network, "input_size", None),
+    )
+
+
+def _function(path: Path, function: str) -> Callable[..., Any]:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UnknownName(f"{path} is not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UnknownName(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+    if not callable(getattr(module, function, None)):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UnknownName(f"{path} has no function {function!r}. {checks.suggestion(function, known)}")
+    return getattr(module, function)  # type: ignore[no-any-return]
+
+
+def _fetched(name: str, pretrained: bool, build: Callable[[], nn.Module]) -> nn.Module:
+    if not pretrained:
+        return build()
+    try:
+        return build()
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(f"The pretrained weights of {name} could not be fetched ({reason}): give a file.") from error
+
+
+def _described(
+    network: nn.Module, *, mean: Any = IMAGENET_MEAN, std: Any = IMAGENET_STD, size: int | None = None
+) -> nn.Module:
+    for key, value in (("input_mean", tuple(mean)), ("input_std", tuple(std)), ("input_size", size)):
+        # not through Module.__setattr__, whose type would be a tensor or a module
+        object.__setattr__(network, key, value)
+    return network

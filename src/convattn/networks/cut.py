@@ -1,0 +1,136 @@
+"""Cut a network to the part before a layer, by the layer's name and in the order of execution.
+
+Wrapping `list(model.children())[:-2]` keeps layers in the order of definition and loses whatever happens between
+them in `forward`. Here one forward pass is watched, and the cut is made only where it computes the same.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from convattn.checks import suggestion
+from convattn.errors import AttachError, UnknownName
+
+
+@dataclass
+class Call:
+    """One call of a module: its input and output tensors, each with the count of in-place changes at that time."""
+
+    name: str
+    module: nn.Module
+    x: torch.Tensor
+    x_version: int
+    y: torch.Tensor | None = None
+    y_version: int = -1
+
+
+def features(model: nn.Module, layer: str, *, example: torch.Tensor | None = None) -> nn.Sequential:
+    """The part of a network from its input to the output of a layer.
+
+    The result shares the network's layers. Each of its steps is called after the layer that it is.
+
+    Args:
+        model: the network.
+        layer: name of a layer as in `model.named_modules()`, for instance `"layer3"`.
+        example: an input; by default a batch of 2 random images of the network's `input_size`, or 64 pixels.
+
+    Raises:
+        UnknownName: no layer of that name; the message suggests the nearest.
+        AttachError: the layer is not called, is called several times, or is fed by something computed outside any layer
+            (a sum, a concatenation, a function), which a chain of layers would silently leave out.
+
+    Example:
+        >>> from convattn import networks
+        >>> body = features(networks.create("timm:resnet18"), "layer3")
+        >>> body(torch.randn(1, 3, 64, 64)).shape
+        torch.Size([1, 256, 4, 4])
+    """
+    names = dict(model.named_modules())
+    if not layer or layer not in names:
+        raise UnknownName(f"No layer is called {layer!r}. {suggestion(layer, [name for name in names if name])}")
+    x = example_for(model) if example is None else example
+    version = x._version
+    chain = _chain(_watch(model, x), layer, x, version)
+    cut = nn.Sequential()
+    for position, call in enumerate(chain):
+        name = call.name.replace(".", "_")
+        # a layer without parameters may stand in the chain more than once
+        cut.add_module(name if name not in cut._modules else f"{name}_{position}", call.module)
+    return cut
+
+
+def example_for(model: nn.Module) -> torch.Tensor:
+    """A batch of 2 random images such as the network takes, on its device and in its dtype."""
+    weight = next((p for p in model.parameters() if p.dim() >= 3), next(model.parameters(), torch.empty(1, 3, 1, 1)))
+    channels = weight.shape[1] if weight.dim() >= 3 else 3
+    side = getattr(model, "input_size", None) or 64
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, channels, *[side] * (weight.dim() - 2 if weight.dim() >= 3 else 2), generator=generator)
+    return images.to(weight.device, weight.dtype)
+
+
+def _watch(model: nn.Module, x: torch.Tensor) -> list[Call]:
+    """All calls of one forward pass in eval mode that take one tensor and return one, in order of completion."""
+    calls: list[Call] = []
+    open_calls: list[Call | None] = []
+
+    def before(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            single = len(args) == 1 and isinstance(args[0], torch.Tensor)
+            open_calls.append(Call(name, module, args[0], args[0]._version) if single else None)
+
+        return hook
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        call = open_calls.pop()
+        if call is not None and isinstance(output, torch.Tensor):
+            call.y, call.y_version = output, output._version
+            calls.append(call)
+
+    modes = {module: module.training for module in model.modules()}
+    handles = []
+    for name, module in model.named_modules():
+        if name:
+            handles += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after)]
+    try:
+        with torch.no_grad():
+            model.eval()(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    return calls
+
+
+def _chain(calls: list[Call], layer: str, x: torch.Tensor, version: int) -> list[Call]:
+    found = [i for i, call in enumerate(calls) if call.name == layer]
+    if len(found) != 1:
+        times = "is not called with one tensor" if not found else f"is called {len(found)} times"
+        raise AttachError(f"The layer {layer!r} {times} in a forward pass, so that the network cannot be cut there.")
+    chain = [calls[found[0]]]
+    start, end = found[0], chain[0]
+    while not (end.x is x and end.x_version == version):
+        # the layers inside a call are completed before it, and none of them can feed it
+        feeding = [
+            i
+            for i in range(start)
+            if calls[i].y is end.x and calls[i].y_version == end.x_version and not _within(calls[i], end)
+        ]
+        if not feeding:
+            raise AttachError(
+                f"The input of {end.name!r} is computed outside any layer (a sum, a concatenation or a function in "
+                f"forward), which a chain of layers up to {layer!r} would leave out. Cut at a layer before, or read the "
+                f"map with a forward hook."
+            )
+        # of several layers that end in the same tensor, the outermost: the one completed last
+        start = feeding[-1]
+        end = calls[start]
+        chain.append(end)
+    return chain[::-1]
+
+
+def _within(call: Call, outer: Call) -> bool:
+    return call.name.startswith(outer.name + ".")

@@ -1,0 +1,1 @@
+"""One run: a network and images in, scores out."""

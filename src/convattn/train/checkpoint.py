@@ -1,0 +1,60 @@
+"""One trained network as one file: its weights, and beside them what is needed to build it again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import nn
+
+from convattn import networks
+from convattn.attachment import attach
+from convattn.errors import WeightsError
+
+BASELINE = "baseline"
+KEYS = ("backbone", "variant", "start", "classes", "image_size", "mean", "std")
+
+
+def build(about: dict[str, Any], *, weights: str | None = None) -> nn.Module:
+    """The network that `about` describes: its backbone, with the variant's attention if it has any."""
+    network = networks.create(about["backbone"], classes=len(about["classes"]), weights=weights)
+    if about["variant"] != BASELINE:
+        attach(network, about["variant"], start=about["start"])
+    return network
+
+
+def save(path: Path, network: nn.Module, about: dict[str, Any]) -> None:
+    """Write a network to a safetensors file, with `about` in its metadata.
+
+    `about` has the keys `backbone`, `variant` (`"baseline"` or a name for `attach`), `start`, `classes` (the list of
+    their names), `image_size`, `mean` and `std`.
+    """
+    state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+    partial = path.with_suffix(".partial")
+    safetensors.torch.save_file(state, partial, metadata={"convattn": json.dumps(about)})
+    partial.replace(path)
+
+
+def load(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a checkpoint written by `save`, in eval mode, and its `about`.
+
+    Raises:
+        WeightsError: no such file, or not such a checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"No checkpoint at {path}.")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("convattn", "null"))
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is not a safetensors file: {error}.") from error
+    if not isinstance(about, dict) or not set(KEYS) <= set(about):
+        raise WeightsError(
+            f"{path} holds weights but not what they belong to: give a weights.safetensors that `convattn compare` wrote."
+        )
+    network = build(about)
+    network.load_state_dict(safetensors.torch.load_file(path))
+    return network.eval(), about
