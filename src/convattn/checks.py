@@ -1,12 +1,16 @@
 """Checks of arguments, each with the message that a user reads."""
 
 import difflib
+import importlib
 from collections.abc import Iterable
 from types import ModuleType
-
-import torch
+from typing import TYPE_CHECKING
 
 from convattn.errors import InvalidOption, MissingExtra, ShapeMismatch
+
+if TYPE_CHECKING:
+    # the command line imports this module, and torch takes seconds
+    import torch
 
 SPATIAL = {1: "L", 2: "H, W", 3: "D, H, W"}
 
@@ -30,7 +34,7 @@ def dimensions(where: str, value: object) -> None:
     choice(where, "dimensions", value, SPATIAL)
 
 
-def feature_map(where: str, x: torch.Tensor, channels: int | None, spatial: int) -> None:
+def feature_map(where: str, x: "torch.Tensor", channels: int | None, spatial: int) -> None:
     """Raise `ShapeMismatch` unless `x` is (B, channels, *spatial) with that many spatial dimensions, none empty."""
     if x.dim() != spatial + 2 or (channels is not None and x.shape[1] != channels):
         raise ShapeMismatch(
@@ -53,8 +57,6 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 def extra(package: str, needed_for: str, name: str = "compare") -> ModuleType:
     """Import `package`, or raise `MissingExtra` that says which extra of convattn brings it."""
-    import importlib
-
     try:
         return importlib.import_module(package)
     except ImportError as error:

@@ -60,7 +60,7 @@ def multiply_adds(module: nn.Module, example: torch.Tensor) -> int:
     """Multiply-adds of convolutions and matrix products in one inference; products with a gate count as nothing."""
     with FlopCounterMode(display=False) as counter:
         _infer(module, example)
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2
 
 
 def saved_bytes(module: nn.Module, example: torch.Tensor) -> int:
@@ -83,18 +83,30 @@ def saved_bytes(module: nn.Module, example: torch.Tensor) -> int:
 
 
 def interleaved(
-    steps: Mapping[str, Callable[[], object]], *, repeats: int = 10, warmup: int = 2, device: torch.device | None = None
+    steps: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int = 10,
+    seconds: float = 60.0,
+    device: torch.device | None = None,
 ) -> tuple[dict[str, Spread], dict[str, Spread]]:
     """Time several steps in turn, so that whatever disturbs the machine disturbs all of them.
+
+    Args:
+        steps: what to time, by name; each is called once before the first round.
+        repeats: rounds at most.
+        seconds: no round is begun after this time, but for the first three.
+        device: whose queue to wait for; None for the CPU.
 
     Returns:
         Milliseconds of each step, and the ratio of each step to the first, round by round.
     """
-    for _ in range(warmup):
-        for step in steps.values():
-            step()
+    for step in steps.values():
+        step()
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
+    begun = time.perf_counter()
+    for done in range(max(3, repeats)):
+        if done >= 3 and time.perf_counter() - begun > seconds:
+            break
         for name, step in steps.items():
             times[name].append(_milliseconds(step, device))
     first = times[next(iter(times))]

@@ -33,8 +33,8 @@ class Form:
     """One set of keys, the layouts that have it, and what is built from it.
 
     `keys` maps patterns of their keys to ours; each has to match, `maybe` may. `flat` tells linear layers (True) from
-    1x1 convolutions (False) under the same keys. A form that is `only_if_named` is an unusual reading of keys that have a
-    usual one. Where the layouts of a form differ in what no weight tells, one of the options `decided_by` settles it.
+    1x1 convolutions (False) under the same keys. A form that is `only_if_named` is an unusual reading of keys that
+    have a usual one. Where the layouts of a form differ in what no weight tells, an option of `decided_by` settles it.
     """
 
     layouts: tuple[str, ...]
@@ -99,8 +99,8 @@ def _fitting(state: State) -> tuple[list[Form], State]:
         if len({key.partition(".")[0] for key in rest}) > 1 or not all("." in key for key in rest):
             shown = ", ".join(sorted(state)[:6]) + (", ..." if len(state) > 6 else "")
             raise LayoutError(
-                f"module_from: these keys belong to no known layout ({', '.join(LAYOUTS)}): {shown}. Give the state dict "
-                f"of one attention module, of a basic residual block without downsample, or of the post's head."
+                f"module_from: these keys belong to no known layout ({', '.join(LAYOUTS)}): {shown}. Give the state "
+                f"dict of one attention module, of a basic residual block without downsample, or of the post's head."
             )
         rest = {key.partition(".")[2]: value for key, value in rest.items()}
     return forms, rest
@@ -239,8 +239,8 @@ def _spatial(state: State, prefix: str) -> Options:
     weight = state[f"{prefix}conv.weight"]
     if weight.shape[:2] != (1, 2):
         raise LayoutError(
-            f"module_from: the spatial convolution has the shape {tuple(weight.shape)}, expected (1, 2, k, ...): one over "
-            f"the average of mean and maximum (timm's light CBAM) is another module."
+            f"module_from: the spatial convolution has the shape {tuple(weight.shape)}, expected (1, 2, k, ...): one "
+            f"over the average of mean and maximum (timm's light CBAM) is another module."
         )
     norm = "batch" if f"{prefix}norm.weight" in state else None
     return {"kernel_size": weight.shape[-1], "dimensions": weight.dim() - 2, "norm": norm}
@@ -253,7 +253,8 @@ def _loaded(
     refused = sorted(set(overrides) - open_options)
     if refused:
         raise InvalidOption(
-            f"module_from: {refused[0]} cannot be set for this {cls.__name__}; what can be: {', '.join(sorted(open_options))}."
+            f"module_from: {refused[0]} cannot be set for this {cls.__name__}; what can be: "
+            f"{', '.join(sorted(open_options))}."
         )
     module = cls(*args, **{**options, **overrides})
     module.to(next(value.dtype for value in state.values() if value.is_floating_point()))

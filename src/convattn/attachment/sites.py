@@ -8,7 +8,7 @@ from convattn.attachment.wrapper import ATTENTION, Attached
 from convattn.errors import AttachError
 from convattn.nn import Head
 
-CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 # the residual blocks of torchvision, timm and convattn share these names and the names of their layers
 BLOCKS = ("BasicBlock", "Bottleneck")
 

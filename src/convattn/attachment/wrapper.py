@@ -23,7 +23,7 @@ class Attached(nn.Module):
         super().__init__()
         self.add_module(INNER, inner)
         self.attention = attention
-        self.register_load_state_dict_post_hook(_name_plainly)
+        self.register_load_state_dict_post_hook(_name_plainly)  # type: ignore[no-untyped-call]
         self.training = inner.training
 
     @property
@@ -84,7 +84,7 @@ class Attached(nn.Module):
         # the tensors are the layer's: applied to there
         if recurse:
             for child in self.children():
-                child._apply(fn)
+                child._apply(fn)  # type: ignore[no-untyped-call]
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -120,7 +120,7 @@ class BlendedHead(nn.Module):
 
     def forward(self, x: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
         """A map and its pooled version to the blended one, of the latter's shape and dtype."""
-        vector = self.head(x).reshape(pooled.shape).to(pooled.dtype)
+        vector: torch.Tensor = self.head(x).reshape(pooled.shape).to(pooled.dtype)
         if self.strength is None:
             return vector
         return pooled + (self.strength * (vector - pooled)).to(pooled.dtype)

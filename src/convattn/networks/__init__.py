@@ -91,7 +91,7 @@ def _timm(name: str, classes: int | None, pretrained: bool, *, bare_name: bool) 
         raise UnknownName(f"No network is called {name!r}. {checks.suggestion(name, known)}")
     options = {} if classes is None else {"num_classes": classes}
     network = _fetched(name, pretrained, lambda: timm.create_model(name, pretrained=pretrained, **options))
-    config = network.pretrained_cfg
+    config: Any = network.pretrained_cfg
     return _described(network, mean=config["mean"], std=config["std"], size=config["input_size"][-1])
 
 

@@ -122,8 +122,8 @@ def _chain(calls: list[Call], layer: str, x: torch.Tensor, version: int) -> list
         if not feeding:
             raise AttachError(
                 f"The input of {end.name!r} is computed outside any layer (a sum, a concatenation or a function in "
-                f"forward), which a chain of layers up to {layer!r} would leave out. Cut at a layer before, or read the "
-                f"map with a forward hook."
+                f"forward), which a chain of layers up to {layer!r} would leave out. Cut at a layer before, or read "
+                f"the map with a forward hook."
             )
         # of several layers that end in the same tensor, the outermost: the one completed last
         start = feeding[-1]

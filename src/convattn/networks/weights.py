@@ -113,6 +113,7 @@ def _difference(
     if wrong:
         key = wrong[0]
         said.append(
-            f"{len(wrong)} have another shape (first {key}: {tuple(state[key].shape)}, expected {tuple(own[key].shape)})"
+            f"{len(wrong)} have another shape (first {key}: {tuple(state[key].shape)}, "
+            f"expected {tuple(own[key].shape)})"
         )
     return ", ".join(said)

@@ -1,4 +1,4 @@
-"""The modules, one paper a file. Each works by hand in any network; `convattn.attach` puts them into an existing one."""
+"""The modules, one paper a file: by hand in any network, or put into an existing one by `convattn.attach`."""
 
 from convattn.nn.base import Gate, Head
 from convattn.nn.cbam import CBAM, ChannelAttention, SpatialAttention

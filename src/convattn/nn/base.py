@@ -53,7 +53,7 @@ class Gate(nn.Module):
 
     def check(self, x: torch.Tensor) -> None:
         """Raise `ShapeMismatch` unless `x` is a map that this module takes."""
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             checks.feature_map(type(self).__name__, x, self.channels, self.dimensions)
 
 
@@ -71,7 +71,7 @@ class Head(nn.Module):
 
     def check(self, x: torch.Tensor) -> None:
         """Raise `ShapeMismatch` unless `x` is a map that this head takes."""
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             checks.feature_map(type(self).__name__, x, self.channels, self.dimensions)
 
 

@@ -71,7 +71,8 @@ class ChannelAttention(Gate):
         checks.choice("ChannelAttention", "activation", activation, ACTIVATIONS)
         if isinstance(pools, str) or not pools or len(set(pools)) < len(pools):
             raise InvalidOption(
-                f"ChannelAttention: pools must be a sequence of different names of {', '.join(ops.POOLS)}, got {pools!r}."
+                f"ChannelAttention: pools must be a sequence of different names out of {', '.join(ops.POOLS)}, "
+                f"got {pools!r}."
             )
         for pool in pools:
             checks.choice("ChannelAttention", "each of pools", pool, ops.POOLS)
@@ -157,7 +158,7 @@ class SpatialAttention(Gate):
         summary = ops.spatial_summary(x)  # [B, 2, *spatial]
         if self.norm is None:
             return torch.sigmoid(self.conv(summary))
-        if self.training and summary.numel() == 2 and not torch.jit.is_scripting():
+        if self.training and summary.numel() == 2 and not torch.jit.is_scripting():  # type: ignore[attr-defined]
             raise ShapeMismatch(
                 f"SpatialAttention: batch norm needs more than one position to train on, got a map of shape "
                 f"{tuple(x.shape)}; use a larger batch or map, norm=None, or eval()."
@@ -175,7 +176,7 @@ class CBAM(Gate):
         x: (B, C, *spatial), gate: as x, y as x.
 
     Cost:
-        The parameters of `ChannelAttention` and `SpatialAttention`; four reductions of the map and two products with it.
+        The parameters of `ChannelAttention` and `SpatialAttention`; four reductions of the map, two products with it.
 
     Paper:
         Woo et al.: CBAM: Convolutional Block Attention Module, ECCV 2018, arXiv:1807.06521, equation 1; the orders

@@ -73,4 +73,4 @@ class DualPool(Head):
         """The pooled vector (B, features), or the logits (B, classes)."""
         self.check(x)
         pooled = self.dropout(self.reduce(ops.mean_max(x)))
-        return pooled if self.classifier is None else self.classifier(pooled)
+        return pooled if self.classifier is None else self.classifier(pooled)  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
 """Attention in plain PyTorch: the truth.
 
-Global pooling is `mean` and `amax`: deterministic on every device, exportable, and free of the NaN that adaptive pooling
-gave under mixed precision with channels_last. `amax` shares the gradient between equal maxima.
+Global pooling is `mean` and `amax`: deterministic on every device, exportable, and free of the NaN that adaptive
+pooling gave under mixed precision with channels_last. `amax` shares the gradient between equal maxima.
 """
 
 import torch
@@ -21,7 +21,7 @@ def squeeze(x: torch.Tensor, pool: str) -> torch.Tensor:
     if pool == "max":
         return x.amax(dim=dims)
     if pool == "l2":
-        return torch.linalg.vector_norm(x, dim=dims)
+        return torch.linalg.vector_norm(x, dim=dims)  # type: ignore[no-any-return]
     return torch.logsumexp(x, dim=dims)
 
 

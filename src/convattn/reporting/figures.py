@@ -2,123 +2,156 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import zip_longest
+from itertools import combinations, zip_longest
 from typing import Any, NamedTuple
 
-from convattn.reporting.sheet import Sheet, colour
-from convattn.reporting.text import ABSENT, MINUS, number, plain, shortened, signed
-
-WIDE, NARROW = 760, 328
-# a figure of bars is read row by row up to here; beyond it, the first and the last fifteen
-MOST_CLASSES = 30
+from convattn.reporting.bars import class_gain, gate_departure
+from convattn.reporting.sheet import NARROW, WIDE, Sheet, colour, span, style, ticks
+from convattn.reporting.text import interval, known, number, plain, short, shortened, signed
 
 
 class Look(NamedTuple):
     """How a verdict is drawn: its shape says it without its colour."""
 
+    tone: str
     marker: str
-    colour: str
     size: float
     filled: bool
 
 
 LOOKS = {
-    "worth it": Look("D", "worth", 8, True),
-    "not worth it": Look("X", "not-worth", 9, True),
-    "cannot tell": Look("o", "unclear", 8, False),
+    "worth it": Look("worth", "D", 8, True),
+    "not worth it": Look("not-worth", "s", 8, True),
+    "cannot tell": Look("unclear", "o", 9, False),
 }
 
 
-class Bar(NamedTuple):
-    """A row of a bar figure; without a value the note stands in its place."""
-
-    label: str
-    value: float | None
-    note: str = ""
-
-
 def draw_all(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Every figure that these results allow, by name; small multiples as a list with one for each variant."""
+    """Every figure that these results allow, by name: wide and narrow ones, or one for each variant."""
     variants = results["variants"]
-    figures: dict[str, Any] = {"gates": [_gates(place, variants) for place in range(len(variants))]}
-    if not variants:
-        return figures
-    figures["gain"] = {"wide": gain(results, wide=True), "narrow": gain(results, wide=False)}
-    if any(variant["latency"] for variant in variants):
-        figures["cost"] = {"wide": cost(results, WIDE), "narrow": cost(results, NARROW)}
-    for key in ("validation_accuracy", "loss"):
-        figures[key] = [curves(results, place, key) for place in range(len(variants))]
-    figures["classes"] = [classes(results, place) for place in range(len(variants))]
+    places = range(len(variants))
+    with style():
+        figures: dict[str, Any] = {
+            "gain": {"wide": gain(results, wide=True), "narrow": gain(results, wide=False)},
+            "accuracy": [curves(results, place, "validation_accuracy") for place in places],
+            "loss": [curves(results, place, "loss") for place in places],
+            "classes": [class_gain(results, place) for place in places],
+            "gates": [figure for place in places if (figure := gate_departure(variants, place))],
+        }
+        if any(variant["latency"] for variant in variants):
+            figures["cost"] = {"wide": cost(results, wide=True), "narrow": cost(results, wide=False)}
     return figures
 
 
 def gain(results: Mapping[str, Any], *, wide: bool) -> str:
     """The gain of each variant with its interval, against the zero line and the smallest gain that matters."""
     variants, smallest = results["variants"], results["setting"]["smallest_gain_points"]
-    width, row, left, right = (WIDE, 46, 176, 196) if wide else (NARROW, 58, 12, 12)
-    top, bottom = 30, 42
+    width, row, left, right = (WIDE, 48, 196, 184) if wide else (NARROW, 58, 12, 12)
+    top, bottom = 32, 42
     sheet = Sheet("gain-wide" if wide else "gain-narrow", width, top + row * len(variants) + bottom)
     axes = sheet.axes(left, top, right, bottom)
-    low, high = _range([0.0, smallest, *_ends(variants)], margin=0.08)
+    low, high = span([0.0, smallest, *_ends(variants)], margin=0.08)
     axes.set(xlim=(low, high), ylim=(len(variants) - 0.5, -0.5), yticks=[], xlabel="gain over the baseline, points")
-    axes.axvspan(smallest, high, color=colour("zone"), linewidth=0)
-    axes.axvline(0, color=colour("ink"), linewidth=1)
-    axes.axvline(smallest, color=colour("worth"), linewidth=1.2, dashes=(4, 3))
-    _signed_ticks(axes.xaxis, 7 if wide else 5)
-    _line_labels(sheet, low, high, smallest, left, width - left - right)
+    axes.axvspan(smallest, high, color=colour("zone"), linewidth=0, clip_on=False)
+    axes.axvline(0, color=colour("ink"), linewidth=1, clip_on=False)
+    axes.axvline(smallest, color=colour("worth"), linewidth=1.4, dashes=(4, 3), clip_on=False)
+    ticks(axes.xaxis, 7 if wide else 5, sign=True)
+    zero, goal = (left + (width - left - right) * (value - low) / (high - low) for value in (0.0, smallest))
+    # the labels of the two lines grow away from each other and stay on the sheet
+    sheet.text(max(zero - 4, 54), 18, "baseline", size=11, ha="right", color=colour("muted"))
+    sheet.text(min(goal + 4, width - 112), 18, f"worth it from +{short(smallest)}", size=11, color=colour("worth"))
     for place, variant in enumerate(variants):
-        middle = top + row * (place + 0.5)
-        y = place if wide else place + 0.16
-        _interval(axes, variant["gain_points"], y, variant["interval95"], variant["verdict"])
-        numbers = signed(variant["gain_points"])
-        if variant["interval95"]:
-            numbers += f"  ({signed(variant['interval95'][0])} to {signed(variant['interval95'][1])})"
-        name = shortened(variant["name"], 22)
-        if wide:
-            sheet.text(0, middle - 8, name, size=13, weight="bold")
-            sheet.text(0, middle + 9, shortened(variant["title"], 28), size=11, color=colour("muted"))
-            sheet.text(width - right + 14, middle - 8, numbers, size=12)
-            sheet.text(width - right + 14, middle + 9, variant["verdict"], size=11, color=_tone(variant))
-        else:
-            sheet.text(left, middle - 14, name, size=13, weight="bold")
-            sheet.text(width - right, middle - 14, numbers, size=12, ha="right")
-    told = "; ".join(f"{plain(variant['name'])} {signed(variant['gain_points'])}" for variant in variants)
+        _interval(axes, variant, place if wide else place + 0.16)
+        (_gain_row_wide if wide else _gain_row_narrow)(sheet, variant, top + row * (place + 0.5))
+    told = "; ".join(f"{plain(variant['name'])} {_gain_words(variant)}, {variant['verdict']}" for variant in variants)
     return sheet.svg(f"Gain over the baseline in percentage points, with intervals: {told}.")
 
 
-def cost(results: Mapping[str, Any], width: float) -> str:
-    """Gain against the time of a training step, both relative to the baseline."""
+def _gain_words(variant: Mapping[str, Any]) -> str:
+    ends = variant["interval95"]
+    return signed(variant["gain_points"]) + (f" ({interval(ends)})" if ends else "")
+
+
+def _gain_row_wide(sheet: Sheet, variant: Mapping[str, Any], middle: float) -> None:
+    numbers = sheet.width - 172
+    sheet.text(0, middle - 9, shortened(variant["name"], 20), size=13, weight="bold")
+    sheet.text(0, middle + 9, shortened(variant["title"], 29), size=11, color=colour("muted"))
+    sheet.text(numbers, middle - 9, _gain_words(variant), size=12)
+    sheet.text(numbers, middle + 9, variant["verdict"], size=12, color=colour(LOOKS[variant["verdict"]].tone))
+
+
+def _gain_row_narrow(sheet: Sheet, variant: Mapping[str, Any], middle: float) -> None:
+    sheet.text(0, middle - 15, shortened(variant["name"], 18), size=13, weight="bold")
+    sheet.text(sheet.width, middle - 15, _gain_words(variant), size=12, ha="right")
+
+
+def cost(results: Mapping[str, Any], *, wide: bool) -> str:
+    """Gain against the time of a training step, beside the baseline at no gain for no cost."""
     measured = [variant for variant in results["variants"] if variant["latency"]]
-    wide = width == WIDE
-    sheet = Sheet("cost-wide" if wide else "cost-narrow", width, 340 if wide else 300)
-    axes = sheet.axes(56, 12, 24, 44)
     ratios = [variant["latency"]["train_step_ratio"] for variant in measured]
-    low, high = _range([1.0, *(ratio[end] for ratio in ratios for end in ("low", "median", "high"))], margin=0.06)
-    # names stand to the right of their points
-    high += (high - low) * (0.16 if wide else 0.3)
-    bottom, top = _range([0.0, *_ends(measured)], margin=0.08)
-    axes.set(xlim=(low, high), ylim=(bottom, top))
-    axes.set(xlabel="time of a training step, times the baseline's", ylabel="gain, points")
-    axes.grid(axis="both")
-    axes.axhline(0, color=colour("ink"), linewidth=1)
-    axes.axvline(1, color=colour("ink"), linewidth=1)
-    _signed_ticks(axes.yaxis, 6)
-    axes.xaxis.set_major_locator(_locator(6 if wide else 4))
+    left, top, right, bottom = 52, 12, 12, 44
+    sheet = Sheet("cost-wide" if wide else "cost-narrow", WIDE if wide else NARROW, 360 if wide else 320)
+    axes = sheet.axes(left, top, right, bottom)
+    slowest, fastest = (pick([1.0, *(ratio[end] for ratio in ratios)]) for pick, end in ((max, "high"), (min, "low")))
+    # room on the right for the names of the rightmost points
+    low, high = span([fastest, slowest + (slowest - fastest) * (0.12 if wide else 0.25)], margin=0.05)
+    bottom_end, top_end = span([0.0, *_ends(measured)], margin=0.08)
+    axes.set(xlim=(low, high), ylim=(bottom_end, top_end))
+    axes.set(xlabel="time of a training step, times the baseline's", ylabel="gain over the baseline, points")
+    axes.grid(clip_on=False)
+    axes.axhline(0, color=colour("muted"), linewidth=1, clip_on=False)
+    axes.axvline(1, color=colour("muted"), linewidth=1, clip_on=False)
+    ticks(axes.xaxis, 7 if wide else 4)
+    ticks(axes.yaxis, 6, sign=True)
+    _mark(axes, 1.0, 0.0, Look("muted", "+", 11, True))
     points = [(1.0, 0.0, "baseline")]
-    axes.plot([1], [0], marker="s", color=colour("muted"), markersize=7, linestyle="none", clip_on=False)
     for variant, ratio in zip(measured, ratios, strict=True):
         x, y, look = ratio["median"], variant["gain_points"], LOOKS[variant["verdict"]]
-        axes.hlines(y, ratio["low"], ratio["high"], color=colour(look.colour), linewidth=1.6)
+        axes.plot((ratio["low"], ratio["high"]), (y, y), color=colour(look.tone), linewidth=1.6, clip_on=False)
         if variant["interval95"]:
-            axes.vlines(x, *variant["interval95"], color=colour(look.colour), linewidth=1.6)
+            axes.plot((x, x), variant["interval95"], color=colour(look.tone), linewidth=1.6, clip_on=False)
         _mark(axes, x, y, look)
-        points.append((x, y, shortened(variant["name"], 18)))
-    _name_points(axes, points, (top - bottom) / (sheet.height - 56) * 15)
+        points.append((x, y, shortened(variant["name"], 16)))
+    per_pixel = (high - low) / (sheet.width - left - right), (top_end - bottom_end) / (sheet.height - top - bottom)
+    _name_points(axes, points, *per_pixel)
     told = "; ".join(
         f"{plain(variant['name'])} {number(ratio['median'])} times, {signed(variant['gain_points'])} points"
         for variant, ratio in zip(measured, ratios, strict=True)
     )
-    return sheet.svg(f"Cost of a training step against gain: {told}.")
+    return sheet.svg(f"Time of a training step against gain: {told}.")
+
+
+def _name_points(axes: Any, points: Sequence[tuple[float, float, str]], across: float, up: float) -> None:
+    """Names beside their points, a little higher than their own bars, moved apart where they would meet.
+
+    `across` and `up` are the lengths of a pixel on the two axes.
+    """
+    edge = axes.get_xlim()[1] / across
+    boxes, sides = [], []
+    for x, y, name in points:
+        width = 14.0 + 8 * len(name)
+        sides.append(1 if x / across + width <= edge else -1)
+        boxes.append((x / across - (width if sides[-1] < 0 else 0.0), y / up + 9, width))
+    for (x, y, name), side, box, height in zip(points, sides, boxes, _apart(boxes, 15), strict=True):
+        end = x + 10 * side * across
+        if abs(height - box[1]) > 4:
+            axes.plot((x, end), (y, height * up), color=colour("muted"), linewidth=0.7, clip_on=False)
+        axes.text(end, height * up, name, size=12, va="center", ha="left" if side > 0 else "right")
+
+
+def _apart(boxes: Sequence[tuple[float, float, float]], line: float) -> list[float]:
+    """Heights for boxes (left, height, width) of one line each, such that none lies on another."""
+    heights = [height for _, height, _ in boxes]
+    order = sorted(range(len(boxes)), key=lambda place: (heights[place], place))
+    # a handful of labels comes to rest in far fewer rounds
+    for _ in range(100):
+        for below, above in combinations(order, 2):
+            (left, _, width), (other, _, other_width) = boxes[below], boxes[above]
+            overlap = line - abs(heights[above] - heights[below])
+            if overlap > 0 and left < other + other_width and other < left + width:
+                heights[below] -= overlap / 2
+                heights[above] += overlap / 2
+    return heights
 
 
 def curves(results: Mapping[str, Any], place: int, key: str) -> str:
@@ -126,156 +159,46 @@ def curves(results: Mapping[str, Any], place: int, key: str) -> str:
     variant, baseline = results["variants"][place], results["baseline"]
     everything = [run[key] for one in (baseline, *results["variants"]) for run in one["curves"]]
     epochs = max((len(line) for line in everything), default=0)
-    sheet = Sheet(f"{key}-{place}", NARROW, 210)
-    axes = sheet.axes(44, 30, 12, 40)
-    low, high = _range([value for line in everything for value in line], margin=0.05)
-    axes.set(xlim=(0.5, epochs + 0.5) if epochs < 3 else (1, epochs), ylim=(low, high), xlabel="epoch")
-    axes.grid(axis="y")
-    axes.xaxis.set_major_locator(_locator(6, integer=True))
-    axes.yaxis.set_major_locator(_locator(5))
-    for one, tone, look in ((baseline, "muted", "--"), (variant, "accent", "-")):
-        lines = [[math.nan if value is None else value for value in run[key]] for run in one["curves"]]
-        marker = "o" if epochs == 1 else ""
+    # at the start every network is far off; what tells two of them apart comes later
+    low, high = span([value for line in everything for value in line[epochs // 4 :]], margin=0.05)
+    sheet = Sheet(f"{key.replace('_', '-')}-{place}", NARROW, 210)
+    axes = sheet.axes(40, 34, 8, 40)
+    axes.set(xlim=(1, epochs) if epochs > 1 else (0.5, 1.5), xlabel="epoch")
+    axes.set_ylim(low, high)
+    axes.grid(axis="y", clip_on=False)
+    ticks(axes.xaxis, 6, whole=True)
+    ticks(axes.yaxis, 5)
+    for one, tone, dashes in ((baseline, "muted", (3, 1.5)), (variant, "accent", (None, None))):
+        lines = [[value if known(value) else math.nan for value in run[key]] for run in one["curves"]]
+        look: dict[str, Any] = {"color": colour(tone), "marker": "o" if epochs == 1 else "", "clip_on": False}
         for line in lines:
-            axes.plot(range(1, len(line) + 1), line, color=colour(tone), linewidth=0.8, alpha=0.5, marker=marker)
-        mean = list(_mean(lines))
-        axes.plot(range(1, len(mean) + 1), mean, look, color=colour(tone), linewidth=2.2, marker=marker)
+            axes.plot(*_within(line, low, high), linewidth=0.8, alpha=0.5, **look)
+        axes.plot(*_within(list(_mean(lines)), low, high), linewidth=2.2, dashes=dashes, **look)
         if key == "validation_accuracy":
-            _chosen_epochs(axes, one["curves"], tone, hollow=one is baseline)
+            _chosen_epochs(axes, one["curves"], tone, low, hollow=one is baseline)
     sheet.text(0, 12, shortened(variant["name"], 36), size=13, weight="bold")
-    what = "Validation accuracy" if key == "validation_accuracy" else "Training loss"
-    return sheet.svg(f"{what} by epoch of {plain(variant['name'])} beside the baseline.")
+    what = "validation accuracy" if key == "validation_accuracy" else "training loss"
+    return sheet.svg(f"{plain(variant['name'])} beside the baseline, {what} by epoch.")
 
 
-def classes(results: Mapping[str, Any], place: int) -> str:
-    """The gain of one variant on each class."""
-    variant, names = results["variants"][place], results["data"]["classes"]
-    rows = class_rows(names, variant["per_class_gain_points"])
-    shown = [class_rows(names, one["per_class_gain_points"]) for one in results["variants"]]
-    ends = _range([0.0, *(bar.value for bars in shown for bar in bars)], margin=0)
-    return _bars(f"classes-{place}", plain(variant["name"]), rows, ends, "Gain per class in points", signed)
-
-
-def class_rows(names: Sequence[str], gains: Sequence[float | None]) -> list[Bar]:
-    """A bar for each class in the given order; of many classes the most gained and the most lost."""
-    bars = [
-        Bar(name, value, "" if _finite(value) else "no test images") for name, value in zip(names, gains, strict=True)
-    ]
-    if len(bars) <= MOST_CLASSES:
-        return bars
-    ranked = sorted((bar for bar in bars if _finite(bar.value)), key=lambda bar: -(bar.value or 0.0))
-    half = MOST_CLASSES // 2
-    if len(ranked) <= MOST_CLASSES:
-        return ranked
-    return [*ranked[:half], Bar(ELLIPSIS_ROW, None, f"{len(ranked) - 2 * half:,} classes between"), *ranked[-half:]]
-
-
-ELLIPSIS_ROW = "⋮"
-
-
-def _gates(place: int, variants: Sequence[Mapping[str, Any]]) -> str | None:
-    """How far the gates of one variant are from letting everything pass; None where there is no gate."""
-    gates = variants[place]["gates"]
-    if not gates:
-        return None
-    rows = [Bar(gate["site"] + (" (head)" if gate["place"] == "pool" else ""), gate["departure"]) for gate in gates]
-    ends = _range([0.0, *(gate["departure"] for variant in variants for gate in variant["gates"])], margin=0)
-    title = plain(variants[place]["name"])
-    return _bars(
-        f"gates-{place}", title, rows, ends, "Mean departure of the gates from 1", lambda value: number(value, 3)
-    )
-
-
-def _bars(name: str, title: str, rows: Sequence[Bar], ends: tuple[float, float], what: str, shown: Any) -> str:
-    """Horizontal bars from zero with their numbers; what lies below zero is drawn as an outline."""
-    row, top = 19, 28
-    left = min(140, 14 + 6.6 * max(len(bar.label) for bar in rows))
-    sheet = Sheet(name, NARROW, top + row * len(rows) + 6)
-    room = 44  # for a number beyond the longest bar
-    axes = sheet.axes(left + (room if ends[0] < 0 else 0), top, room, 6)
-    axes.set(xlim=ends, ylim=(len(rows) - 0.5, -0.5), xticks=[], yticks=[])
-    axes.spines["bottom"].set_visible(False)
-    axes.vlines(0, -0.5, len(rows) - 0.5, color=colour("muted"), linewidth=1, clip_on=False)
-    for place, bar in enumerate(rows):
-        sheet.text(0, top + row * (place + 0.5), shortened(bar.label, 20), size=11, color=colour("ink"))
-        value = bar.value if _finite(bar.value) else None
-        low = value is not None and value < 0
-        if value is not None:
-            fill = "none" if low else colour("accent")
-            axes.barh(place, value, 0.6, facecolor=fill, edgecolor=colour("accent"), linewidth=1, clip_on=False)
-        look = {"size": 11, "va": "center", "color": colour("muted" if value is None else "ink")}
-        offset = (-5 if low else 5, 0)
-        words = shown(value) if value is not None else bar.note or ABSENT
-        axes.annotate(
-            words, (value or 0, place), offset, textcoords="offset points", ha="right" if low else "left", **look
-        )
-    sheet.text(0, 11, shortened(title, 36), size=13, weight="bold")
-    return sheet.svg(f"{what}, {title}: {_extremes(rows, shown)}.")
-
-
-def _extremes(rows: Sequence[Bar], shown: Any) -> str:
-    known = [bar for bar in rows if _finite(bar.value)]
-    if not known:
-        return "nothing measured"
-    most, least = (pick(known, key=lambda bar: bar.value or 0.0) for pick in (max, min))
-    return f"highest {plain(most.label)} {shown(most.value)}, lowest {plain(least.label)} {shown(least.value)}"
-
-
-def _interval(axes: Any, x: float, y: float, ends: Sequence[float] | None, verdict: str) -> None:
-    look = LOOKS[verdict]
-    if ends is not None:
-        axes.plot(ends, [y, y], color=colour(look.colour), linewidth=2, marker="|", markersize=9, clip_on=False)
-    _mark(axes, x, y, look)
-
-
-def _mark(axes: Any, x: float, y: float, look: Look) -> None:
-    tone = colour(look.colour)
-    face = tone if look.filled else colour("page")
-    # a cross with an outline of its own colour would close its notches
-    edge = colour("page") if look.marker == "X" else tone
-    axes.plot(
-        [x], [y], marker=look.marker, markersize=look.size + (2 if look.marker == "X" else 0), markerfacecolor=face,
-        markeredgecolor=edge, markeredgewidth=1 if look.marker == "X" else 1.8, linestyle="none", clip_on=False, zorder=5,
-    )  # fmt: skip
-
-
-def _line_labels(sheet: Sheet, low: float, high: float, smallest: float, left: float, width: float) -> None:
-    """Say what the two upright lines are; their labels grow away from each other and stay on the sheet."""
-    zero, goal = (left + width * (value - low) / (high - low) for value in (0.0, smallest))
-    sheet.text(max(zero - 4, 54), 16, "baseline", size=11, ha="right", color=colour("muted"))
-    words = f"worth it from {signed(smallest, 2).rstrip('0').rstrip('.')}"
-    sheet.text(min(goal + 4, sheet.width - 104), 16, words, size=11, color=colour("worth"))
-
-
-def _name_points(axes: Any, points: Sequence[tuple[float, float, str]], line: float) -> None:
-    """Names beside points, moved apart where they would lie on each other."""
-    heights = _apart([y for _, y, _ in points], line)
-    for (x, y, name), height in zip(points, heights, strict=True):
-        moved = abs(height - y) > line / 3
-        arrow = {"arrowstyle": "-", "color": colour("muted"), "linewidth": 0.7, "shrinkA": 0, "shrinkB": 5}
-        axes.annotate(
-            name, (x, y), (12, 0), textcoords=_beside(axes, height), va="center", size=12,
-            arrowprops=arrow if moved else None,
-        )  # fmt: skip
-
-
-def _apart(heights: Sequence[float], line: float) -> list[float]:
-    raise NotImplementedError
-
-
-def _beside(axes: Any, height: float) -> Any:
-    raise NotImplementedError
-
-
-def _chosen_epochs(axes: Any, runs: Iterable[Mapping[str, Any]], tone: str, *, hollow: bool) -> None:
+def _chosen_epochs(axes: Any, runs: Iterable[Mapping[str, Any]], tone: str, low: float, *, hollow: bool) -> None:
     for run in runs:
         epoch, line = run["chosen_epoch"], run["validation_accuracy"]
-        if epoch is not None and 1 <= epoch <= len(line) and _finite(line[epoch - 1]):
-            axes.plot(
-                [epoch], [line[epoch - 1]], marker="s" if hollow else "o", markersize=4.5, linestyle="none",
-                markerfacecolor=colour("page") if hollow else colour(tone), markeredgecolor=colour(tone), clip_on=False,
-                zorder=4,
-            )  # fmt: skip
+        if epoch is not None and 1 <= epoch <= len(line) and known(line[epoch - 1]) and line[epoch - 1] >= low:
+            _mark(axes, epoch, line[epoch - 1], Look(tone, "s" if hollow else "o", 4.5, not hollow))
+
+
+def _within(line: Sequence[float], low: float, high: float) -> Iterator[Sequence[float]]:
+    """A curve as epochs and values, cut where it leaves the axes."""
+    inside = [low <= value <= high for value in line]
+    points: list[tuple[float, float]] = []
+    for place, value in enumerate(line):
+        points.append((place + 1, value if inside[place] else math.nan))
+        if place + 1 < len(line) and inside[place] != inside[place + 1]:
+            after = line[place + 1]
+            end = low if min(value, after) < low else high
+            points.append((place + 1 + (end - value) / (after - value), end))
+    return zip(*points, strict=True)
 
 
 def _mean(lines: Sequence[Sequence[float]]) -> Iterator[float]:
@@ -284,5 +207,31 @@ def _mean(lines: Sequence[Sequence[float]]) -> Iterator[float]:
         yield sum(finite) / len(finite) if finite else math.nan
 
 
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+def _interval(axes: Any, variant: Mapping[str, Any], y: float) -> None:
+    look, ends = LOOKS[variant["verdict"]], variant["interval95"]
+    if ends is not None:
+        axes.plot(ends, (y, y), color=colour(look.tone), linewidth=2, marker="|", markersize=9, clip_on=False)
+    _mark(axes, variant["gain_points"], y, look)
+
+
+def _mark(axes: Any, x: float, y: float, look: Look) -> None:
+    tone = colour(look.tone)
+    axes.plot(
+        (x,),
+        (y,),
+        marker=look.marker,
+        markersize=look.size,
+        markeredgewidth=look.size / 5,
+        markeredgecolor=tone,
+        markerfacecolor=tone if look.filled else colour("page"),
+        linestyle="none",
+        clip_on=False,
+        zorder=5,
+    )
+
+
+def _ends(variants: Iterable[Mapping[str, Any]]) -> Iterator[float]:
+    """Everything that an axis of gains has to show."""
+    for variant in variants:
+        yield variant["gain_points"]
+        yield from variant["interval95"] or ()

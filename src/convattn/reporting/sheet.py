@@ -7,16 +7,20 @@ page's; the same drawing gives the same bytes.
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from convattn.checks import extra
+from convattn.reporting.text import known, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
+# a wide drawing for a screen or paper, a narrow one that a phone shows without making it smaller
+WIDE, NARROW = 760, 328
 COLOURS = ("page", "ink", "muted", "rule", "accent", "zone", "worth", "not-worth", "unclear")
 # colours that stand for a variable until the SVG is written; any six digits would do, as long as nobody draws in them
 _STAND_IN = {name: f"#fe01{place:02x}" for place, name in enumerate(COLOURS)}
@@ -95,6 +99,23 @@ class Sheet:
         _adopt(root, self.name)
         root.attrib = {"role": "img", "aria-label": label, "viewBox": f"0 0 {self.width:g} {self.height:g}"}
         return ElementTree.tostring(root, encoding="unicode")
+
+
+def span(values: Iterable[float | None], margin: float) -> tuple[float, float]:
+    """The ends of an axis that shows all these values, with a share of its length added on both sides."""
+    finite = [value for value in values if known(value)]
+    low, high = min(finite, default=0.0), max(finite, default=1.0)
+    if high - low < 1e-9:
+        low, high = low - 0.5, high + 0.5
+    room = margin * (high - low)
+    return low - room, high + room
+
+
+def ticks(axis: "Axis", most: int, *, sign: bool = False, whole: bool = False) -> None:
+    """At most so many round numbers along an axis; with a sign where they are differences."""
+    ticker = extra("matplotlib.ticker", "the report")
+    axis.set_major_locator(ticker.MaxNLocator(most, steps=(1, 2, 2.5, 5, 10), integer=whole, min_n_ticks=1))
+    axis.set_major_formatter(lambda value, _: ("+" if sign and value > 1e-9 else "") + short(round(value, 9)))
 
 
 def _adopt(element: ElementTree.Element, name: str) -> None:

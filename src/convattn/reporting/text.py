@@ -1,31 +1,39 @@
-"""Numbers and names as a reader meets them: typographic minus, units, nothing longer than its place."""
+"""Numbers and names as a reader meets them: a true minus sign, units, nothing longer than its place."""
 
 import math
 from collections.abc import Sequence
+from typing import TypeGuard
+from unicodedata import category
 
 ABSENT = "–"
+# Unicode categories: control, surrogate, unassigned, line and paragraph separators
+UNSHOWN = {"Cc", "Cs", "Cn", "Zl", "Zp"}
 MINUS = "\N{MINUS SIGN}"
-ELLIPSIS = "…"
+
+
+def known(value: float | None) -> TypeGuard[float]:
+    """Whether there is a number to show: measured and finite."""
+    return value is not None and math.isfinite(value)
 
 
 def number(value: float | None, digits: int = 2) -> str:
     """`1234.5` -> `1,234.50`; what was not measured is a dash."""
-    if value is None or not math.isfinite(value):
+    if not known(value):
         return ABSENT
     shown = f"{value:,.{digits}f}"
     # -0.001 at two digits is zero, and zero bears no sign
-    return shown.replace("-", MINUS) if any(digit in shown for digit in "123456789") else shown.lstrip("-")
-
-
-def short(value: float | None) -> str:
-    """As few digits as the number needs: `0.0005`, `0.5`, `8`."""
-    return ABSENT if value is None or not math.isfinite(value) else f"{value:.6g}".replace("-", MINUS)
+    return shown.replace("-", MINUS) if shown.strip("-0.") else shown.lstrip("-")
 
 
 def signed(value: float | None, digits: int = 2) -> str:
     """A difference, always with its sign: `+0.12`, `−0.12`, `0.00`."""
     shown = number(value, digits)
-    return shown if shown.startswith((MINUS, ABSENT)) or not shown.strip("0.") else f"+{shown}"
+    return f"+{shown}" if known(value) and value > 0 and shown.strip("0.") else shown
+
+
+def short(value: float | None) -> str:
+    """As few digits as the number needs: `0.0005`, `0.5`, `8`."""
+    return f"{value:.6g}".replace("-", MINUS) if known(value) else ABSENT
 
 
 def interval(ends: Sequence[float] | None) -> str:
@@ -35,35 +43,44 @@ def interval(ends: Sequence[float] | None) -> str:
 
 def p_value(value: float | None) -> str:
     """Three digits, and never a p-value of zero."""
-    if value is None or not math.isfinite(value):
+    if not known(value):
         return ABSENT
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def count(value: int | None) -> str:
-    """`272474` -> `272,474`."""
-    return ABSENT if value is None else f"{value:,}"
-
-
 def magnitude(value: float | None) -> str:
     """`41600000` -> `41.6 M`."""
-    if value is None:
+    if not known(value):
         return ABSENT
+    # the next unit begins where three digits would round up to it
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}" if value < 1000 * size else f"{value / size:,.0f} {unit}"
-    return f"{value:g}"
+        if value >= 0.9995 * size:
+            return f"{value / size:,.{_decimals(value / size)}f} {unit}"
+    return f"{value:.0f}"
+
+
+def three_digits(value: float | None) -> str:
+    """`0.0613`, `6.13`, `61.3`, `613`: a duration, as precise as it was measured."""
+    return f"{value:,.{_decimals(value)}f}" if known(value) else ABSENT
+
+
+def _decimals(value: float) -> int:
+    if value <= 0:
+        return 0
+    # 9.996 has three digits as 10.0, not as 10.00
+    rounded = float(f"{value:.2e}")
+    return min(max(2 - math.floor(math.log10(rounded)), 0), 6)
 
 
 def plain(words: object) -> str:
-    """A name without characters that no page can show (control characters, undecodable bytes of a path)."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in str(words))
+    """A name without what no page can show: control characters, undecodable bytes of a path."""
+    return "".join("\N{REPLACEMENT CHARACTER}" if category(letter) in UNSHOWN else letter for letter in str(words))
 
 
 def shortened(words: object, limit: int) -> str:
-    """A name that fits its place: the middle is left out, for both ends of a name tell names apart."""
+    """A name that fits its place; the middle is left out, as names differ at both ends."""
     shown = plain(words)
     if len(shown) <= limit:
         return shown
     head = limit // 2
-    return shown[:head] + ELLIPSIS + shown[len(shown) - (limit - head - 1) :]
+    return f"{shown[:head]}…{shown[len(shown) - (limit - head - 1) :]}"

@@ -33,7 +33,7 @@ def save(path: Path, network: nn.Module, about: dict[str, Any]) -> None:
     """
     state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
     partial = path.with_suffix(".partial")
-    safetensors.torch.save_file(state, partial, metadata={"convattn": json.dumps(about)})
+    partial.write_bytes(safetensors.torch.save(state, metadata={"convattn": json.dumps(about)}))
     partial.replace(path)
 
 
@@ -53,7 +53,8 @@ def load(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
         raise WeightsError(f"{path} is not a safetensors file: {error}.") from error
     if not isinstance(about, dict) or not set(KEYS) <= set(about):
         raise WeightsError(
-            f"{path} holds weights but not what they belong to: give a weights.safetensors that `convattn compare` wrote."
+            f"{path} holds weights but not what they belong to: give a weights.safetensors that `convattn compare` "
+            f"wrote."
         )
     network = build(about)
     network.load_state_dict(safetensors.torch.load_file(path))

@@ -1,0 +1,29 @@
+# Every target makes its own environment in .venv. The plain commands behind each stand in README.md.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test test-all check bench
+
+demo: $(INSTALLED)
+	$(BIN)/convattn compare digits --epochs 12 --jobs 2 --out demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 -m ""
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/overhead.py
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all,dev]"
+	touch $@

@@ -1,0 +1,127 @@
+"""The commands. Each imports what it needs when it is called, so that help comes at once."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import convattn
+
+app = typer.Typer(
+    name="convattn",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Is attention worth it, on your images, with your network, and at what cost?",
+)
+
+COMPARE_EXAMPLES = """\b
+Examples:
+  convattn compare digits
+  convattn compare photos/ --backbone timm:resnet18 --weights resnet18.safetensors
+  convattn compare cifar/ --weights resnet20-12fca82f.th --variants se,cbam --seeds 10 --jobs 2
+  convattn compare photos/ --backbone mine.py:network --epochs 50
+"""
+
+SHOW_EXAMPLES = """\b
+Examples:
+  convattn show convattn-digits-1a2b3c4d/runs/cbam-seed0/weights.safetensors cat.jpg dog.jpg --out shown
+  convattn show weights.safetensors cat.jpg --layer layer3 --out shown
+"""
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"convattn {convattn.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog=COMPARE_EXAMPLES)
+def compare(
+    data: Annotated[
+        str, typer.Argument(help="Folder of class folders, an archive (.zip, .tar.xz) of one, or 'digits'.")
+    ],
+    backbone: Annotated[
+        str, typer.Option(help="resnet20 to resnet110, timm:NAME, torchvision:NAME or FILE.py:function.")
+    ] = "resnet20",
+    weights: Annotated[
+        str, typer.Option(help="pretrained, none, or a file (safetensors or pickle of tensors).")
+    ] = "none",
+    variants: Annotated[
+        str, typer.Option(help="Names joined with +, separated by commas.", show_default=True)
+    ] = "se,cbam,dual,cbam+dual",
+    start: Annotated[
+        str | None, typer.Option(help="identity or paper.", show_default="identity with loaded weights, else paper")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Trainings of each variant.")] = 5,
+    epochs: Annotated[int | None, typer.Option(show_default="30, with loaded weights 10")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Side in pixels.", show_default="the network's, or the images' if less")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images in a training step.")] = 128,
+    learning_rate: Annotated[
+        float | None, typer.Option(show_default="0.1, with loaded weights 0.01, for batches of 128")
+    ] = None,
+    weight_decay: Annotated[float, typer.Option(help="For weights of two and more dimensions.")] = 5e-4,
+    flip: Annotated[
+        bool | None,
+        typer.Option("--flip/--no-flip", help="Mirror training images.", show_default="flip, but not digits"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
+    smallest_gain: Annotated[float, typer.Option(help="Percentage points that are worth it.")] = 0.5,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the comparison.", show_default="convattn-DATA-HASH")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
+) -> None:
+    """Train a network with and without attention on your images, and say whether it is worth it.
+
+    Interrupt it anywhere: the same command goes on where it was.
+    """
+    import convattn.compare
+
+    convattn.compare.run(
+        data,
+        backbone=backbone,
+        weights=weights,
+        variants=variants,
+        start=start,
+        seeds=seeds,
+        epochs=epochs,
+        image_size=image_size,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        flip=flip,
+        device=device,
+        jobs=jobs,
+        smallest_gain=smallest_gain,
+        out=out,
+        quiet=quiet,
+    )
+
+
+@app.command(epilog=SHOW_EXAMPLES)
+def show(
+    checkpoint: Annotated[Path, typer.Argument(help="A weights.safetensors that 'convattn compare' wrote.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files.", metavar="IMAGE...")],
+    out: Annotated[Path, typer.Option(help="Folder for pictures and numbers.")],
+    layer: Annotated[str | None, typer.Option(help="Also the feature maps of this layer.")] = None,
+) -> None:
+    """Show what the gates of a trained network attend to, and which of them do nothing."""
+    from convattn import showing
+
+    sys.stdout.write(f"{showing.show(checkpoint, images, out, layer=layer)}\n")

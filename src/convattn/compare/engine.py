@@ -1,0 +1,253 @@
+"""A comparison from beginning to end; its folder is the state, and the same call goes on where it was.
+
+plan.json     what was asked for, with fingerprints of data and weights; written first
+images.npy    all images decoded, with images.json; the array is gone when everything is done
+start.json    test accuracy of every variant before training
+runs/         a folder for every run
+cost.json     parameters, multiply-adds and latency, measured after the last run
+results.json  everything that the report says
+report.html   the report
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convattn import reporting
+from convattn.compare import stats, timing
+from convattn.compare.display import Display
+from convattn.compare.options import (
+    DEFAULT_VARIANTS,
+    PLAN,
+    WEIGHT_DECAY,
+    Options,
+    check_folder,
+    check_networks,
+    fingerprint_of,
+    parse,
+)
+from convattn.compare.results import assemble
+from convattn.compare.workers import RUNS, run_all
+from convattn.data import ARRAY, Images, Source, check_counts, decode, open_source, split
+from convattn.errors import InvalidOption
+from convattn.registry import entry
+from convattn.train import RunSpec, evaluation_shape, finished, start_accuracy, write
+from convattn.train.checkpoint import BASELINE
+
+START, RESULTS = "start.json", "results.json"
+
+
+def run(
+    data: str | Path,
+    *,
+    backbone: str = "resnet20",
+    weights: str | Path | None = None,
+    variants: str | Sequence[str] = DEFAULT_VARIANTS,
+    start: str | None = None,
+    seeds: int = 5,
+    epochs: int | None = None,
+    image_size: int | None = None,
+    batch_size: int = 128,
+    learning_rate: float | None = None,
+    weight_decay: float = WEIGHT_DECAY,
+    flip: bool | None = None,
+    device: str = "auto",
+    jobs: int = 1,
+    smallest_gain: float = 0.5,
+    out: str | Path | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Train baseline and variants on images over several seeds, and say what each variant gains and costs.
+
+    Interrupt it anywhere and call it again: it goes on where it was. For each seed all variants share the initial
+    weights of the backbone, the split into training and validation images, their order and augmentation. The epoch is
+    chosen on validation images, the score is taken on test images, which are the same for all runs.
+
+    Args:
+        data: a folder of class folders, with or without `train`, `val` and `test` above them; an archive of one; or
+            `"digits"`.
+        backbone: see `convattn.networks.create`.
+        weights: `"pretrained"`, None for random ones, or a file.
+        variants: registered names, joined with `+`, as a sequence or separated by commas.
+        start: `"identity"` or `"paper"`; by default identity with loaded weights and paper with random ones.
+        seeds: how many.
+        epochs: by default 30 from random weights and 10 from loaded ones.
+        image_size: side in pixels; by default what the network was made for, or the images' own if that is less.
+        batch_size: images in a training step.
+        learning_rate: the highest; by default 0.1, with loaded weights 0.01, for batches of 128, else in proportion.
+        weight_decay: for weights of two and more dimensions.
+        flip: mirror training images at random; by default yes, but not the digits.
+        device: `"auto"`, `"cpu"`, `"cuda"` or `"mps"`.
+        jobs: runs at a time, each with its share of the processor's threads.
+        smallest_gain: the smallest gain in percentage points that is worth it.
+        out: the folder; by default named after the data and a hash of the plan.
+        quiet: print nothing.
+
+    Returns:
+        The content of `results.json`, and `"folder"`, where it and `report.html` are.
+
+    Raises:
+        ConvattnError: a request that cannot be carried out; nothing was written.
+        RunFailed: a run broke.
+    """
+    options = parse(
+        data,
+        backbone=backbone,
+        weights=weights,
+        variants=variants,
+        start=start,
+        epochs=epochs,
+        image_size=image_size,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        flip=flip,
+        device=device,
+        seeds=seeds,
+        jobs=jobs,
+        smallest_gain=smallest_gain,
+    )
+    display = Display(quiet=quiet)
+    for variant in options.variants:
+        for name in variant.split("+"):
+            entry(name)
+    source = open_source(data)
+    folder = Path(out) if out is not None else options.folder(source.name)
+    threads = torch.get_num_threads()
+    try:
+        images = _prepared(options, source, folder, display)
+        return _carried_out(options, images, folder, display, threads)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _prepared(options: Options, source: Source, folder: Path, display: Display) -> Images:
+    """The images of a comparison, in its folder; the folder appears only when everything in the request is right."""
+    fingerprints = {"images": source.fingerprint(), "weights": fingerprint_of(options.weights)}
+    known = check_folder(folder, options, fingerprints)
+    if known and (folder / ARRAY).exists():
+        return Images.load(folder)
+    with _partial(folder) as partial:
+        listing = source.listing(partial / "unpacked")
+        network = check_networks(options, len(listing.classes))
+        display.say(f"Decoding {len(listing.found):,} images ...")
+        wanted = getattr(network, "input_size", None)
+        images = decode(listing, partial, image_size=options.image_size, wanted_size=wanted)
+        shutil.rmtree(partial / "unpacked", ignore_errors=True)
+        check_counts(images)
+        _check_forward(network, images, options)
+        write(partial / PLAN, json.dumps({"options": options.hashed(), "fingerprints": fingerprints}, indent=1))
+        folder.mkdir(parents=True, exist_ok=True)
+        # the plan last: without it the folder is no comparison
+        for file in sorted(partial.iterdir(), key=lambda path: path.name == PLAN):
+            file.replace(folder / file.name)
+    for one in images.left_out:
+        display.warn(f"left out {one.path}: {one.reason}")
+    return Images.load(folder)
+
+
+@contextlib.contextmanager
+def _partial(folder: Path) -> Iterator[Path]:
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    made = not folder.parent.exists()
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if made:
+            with contextlib.suppress(OSError):
+                folder.parent.rmdir()
+
+
+def _check_forward(network: torch.nn.Module, images: Images, options: Options) -> None:
+    try:
+        shape = evaluation_shape(network, images)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InvalidOption(
+            f"{options.backbone} does not take images of {images.size} x {images.size} pixels ({reason}): "
+            f"try another --image-size."
+        ) from error
+    if shape != (2, len(images.classes)):
+        raise InvalidOption(
+            f"{options.backbone} gives an output of shape {shape} for 2 images, expected (2, {len(images.classes)}), a "
+            f"score for each class of the data."
+        )
+
+
+def _carried_out(options: Options, images: Images, folder: Path, display: Display, threads: int) -> dict[str, Any]:
+    names = (BASELINE, *options.variants)
+    share = max(1, threads // options.jobs)
+    specs = [_spec(options, variant, seed, share) for seed in range(options.seeds) for variant in names]
+    firsts = [_spec(options, variant, 0, threads) for variant in names]
+    parts = split(images, 0)
+    display.say(
+        f"{len(images.classes)} classes, {len(parts.train):,} training, {len(parts.validation):,} validation and "
+        f"{len(parts.test):,} test images of {images.size} x {images.size} pixels; {options.backbone} with "
+        f"{options.weights or 'random'} weights; results in {folder}"
+    )
+    starts = _start_accuracies(firsts, images, folder, display, len(parts.test))
+    seen = stats.detectable(options.seeds, len(parts.test))
+    display.say(
+        f"With {options.seeds} seeds and {len(parts.test):,} test images, this comparison can see gains of about "
+        f"{seen:.1f} points or more."
+        if seen is not None
+        else "With a single seed this comparison can see no gain: it has no interval. Take at least 2, better 5."
+    )
+    already = sum(finished(folder / RUNS / spec.name) is not None for spec in specs)
+    with display.watch(len(specs), already):
+        run_all(specs, images, folder, options.jobs, display.update)
+    display.say("Measuring what each variant costs ...")
+    costs = timing.measure(options, firsts, images, folder)
+    results = assemble(options, images, folder, starts, costs)
+    write(folder / RESULTS, json.dumps(results, indent=1))
+    report = reporting.write(results, folder)
+    (folder / ARRAY).unlink(missing_ok=True)
+    _conclude(results, report, display)
+    return {**results, "folder": str(folder)}
+
+
+def _start_accuracies(
+    specs: Sequence[RunSpec], images: Images, folder: Path, display: Display, tests: int
+) -> dict[str, float]:
+    """The test accuracy of every variant before training, for the first seed, printed as they come."""
+    path = folder / START
+    known: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    display.say(f"Accuracy on the {tests:,} test images before any training:")
+    for spec in specs:
+        if spec.variant not in known:
+            torch.set_num_threads(spec.threads)
+            known[spec.variant] = start_accuracy(spec, images)
+            write(path, json.dumps(known, indent=1))
+        display.say(f"  {spec.variant:<20} {known[spec.variant]:6.2f} %")
+    return known
+
+
+def _spec(options: Options, variant: str, seed: int, threads: int) -> RunSpec:
+    return RunSpec(
+        variant=variant,
+        seed=seed,
+        backbone=options.backbone,
+        weights=options.weights,
+        start=options.start,
+        recipe=options.recipe,
+        flip=options.flip,
+        device=options.device,
+        threads=threads,
+    )
+
+
+def _conclude(results: dict[str, Any], report: Path, display: Display) -> None:
+    display.say()
+    display.say(results["headline"])
+    for variant in results["variants"]:
+        display.say(f"  {variant['sentence']}")
+    display.say()
+    display.say(f"The report: {report}")

@@ -1,0 +1,210 @@
+"""What was asked for, checked before anything is done, and the folder that it belongs to."""
+
+import hashlib
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convattn import checks, networks
+from convattn.attachment import plan
+from convattn.errors import ComparisonError, InvalidOption
+from convattn.nn.base import STARTS
+from convattn.train import Recipe
+from convattn.train.checkpoint import BASELINE
+
+DEFAULT_VARIANTS = ("se", "cbam", "dual", "cbam+dual")
+PLAN = "plan.json"
+# the customary recipe of He et al. (2016, section 4.2) for batches of 128: 0.1 from scratch, a tenth of it to fine-tune
+RATE, FINE_TUNING_RATE, RATE_BATCH = 0.1, 0.01, 128
+WEIGHT_DECAY = 5e-4
+EPOCHS, FINE_TUNING_EPOCHS = 30, 10
+# these change how many runs there are, where they run or how they are judged, not what any run is
+NOT_HASHED = ("seeds", "jobs", "smallest_gain")
+
+
+@dataclass(frozen=True)
+class Options:
+    """A comparison as asked for, defaults filled in."""
+
+    data: str
+    backbone: str
+    weights: str | None
+    variants: tuple[str, ...]
+    start: str
+    epochs: int
+    image_size: int | None
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    flip: bool
+    device: str
+    seeds: int
+    jobs: int
+    smallest_gain: float
+
+    @property
+    def recipe(self) -> Recipe:
+        """How every run is trained."""
+        return Recipe(self.epochs, self.batch_size, self.learning_rate, self.weight_decay)
+
+    def hashed(self) -> dict[str, Any]:
+        """What the runs depend on, with paths made absolute."""
+        content = {key: value for key, value in asdict(self).items() if key not in NOT_HASHED}
+        for key in ("data", "weights"):
+            if content[key] and Path(content[key]).exists():
+                content[key] = Path(content[key]).resolve().as_posix()
+        # as it comes back from a file
+        return json.loads(json.dumps(content))  # type: ignore[no-any-return]
+
+    def folder(self, data_name: str) -> Path:
+        """The default folder: named after the data and a hash of the plan."""
+        digest = hashlib.sha256(json.dumps(self.hashed(), sort_keys=True).encode()).hexdigest()[:8]
+        return Path(f"convattn-{data_name}-{digest}")
+
+    def command(self) -> str:
+        """The command line that repeats this comparison."""
+        words = ["convattn compare", _quoted(self.data), f"--backbone {_quoted(self.backbone)}"]
+        words += [f"--weights {_quoted(self.weights)}"] if self.weights else []
+        words += [f"--variants {','.join(self.variants)}", f"--start {self.start}", f"--seeds {self.seeds}"]
+        words += [f"--epochs {self.epochs}", f"--image-size {self.image_size}" if self.image_size else ""]
+        words += [f"--batch-size {self.batch_size}", f"--learning-rate {self.learning_rate:g}"]
+        words += [f"--weight-decay {self.weight_decay:g}", "--flip" if self.flip else "--no-flip"]
+        words += [f"--smallest-gain {self.smallest_gain:g}"]
+        return " ".join(word for word in words if word)
+
+
+def parse(
+    data: str | Path,
+    *,
+    backbone: str,
+    weights: str | Path | None,
+    variants: str | Sequence[str],
+    start: str | None,
+    epochs: int | None,
+    image_size: int | None,
+    batch_size: int,
+    learning_rate: float | None,
+    weight_decay: float,
+    flip: bool | None,
+    device: str,
+    seeds: int,
+    jobs: int,
+    smallest_gain: float,
+) -> Options:
+    """Check every option that can be checked without looking at data or networks, and fill in the defaults."""
+    where = "compare"
+    for name, value in (("seeds", seeds), ("jobs", jobs), ("batch_size", batch_size)):
+        checks.positive(where, name, value)
+    for name, optional in (("epochs", epochs), ("image_size", image_size)):
+        if optional is not None:
+            checks.positive(where, name, optional)
+    if learning_rate is not None and not learning_rate > 0:
+        raise InvalidOption(f"compare: learning_rate must be above 0, got {learning_rate}.")
+    if not weight_decay >= 0:
+        raise InvalidOption(f"compare: weight_decay must be at least 0, got {weight_decay}.")
+    if not 0 <= smallest_gain <= 100:
+        raise InvalidOption(f"compare: smallest_gain must be from 0 to 100 points, got {smallest_gain}.")
+    chosen = None if weights in (None, "none") else str(weights)
+    start = start or ("identity" if chosen else "paper")
+    checks.choice(where, "start", start, STARTS)
+    rate = (FINE_TUNING_RATE if chosen else RATE) * batch_size / RATE_BATCH
+    return Options(
+        data=str(data),
+        backbone=backbone,
+        weights=chosen,
+        variants=_variants(variants),
+        start=start,
+        epochs=epochs or (FINE_TUNING_EPOCHS if chosen else EPOCHS),
+        image_size=image_size,
+        batch_size=batch_size,
+        learning_rate=rate if learning_rate is None else learning_rate,
+        weight_decay=weight_decay,
+        # digits are read from left to right
+        flip=str(data) != "digits" if flip is None else flip,
+        device=_device(device),
+        seeds=seeds,
+        jobs=jobs,
+        smallest_gain=smallest_gain,
+    )
+
+
+def check_networks(options: Options, classes: int) -> torch.nn.Module:
+    """Build the backbone once and plan every variant on it; return the backbone.
+
+    Raises:
+        ConvattnError: whatever any run would fail with at its start.
+    """
+    network = networks.create(options.backbone, classes=classes, weights=options.weights)
+    for variant in options.variants:
+        plan(network, variant, start=options.start)
+    return network
+
+
+def check_folder(folder: Path, options: Options, fingerprints: dict[str, str | None]) -> bool:
+    """Whether the folder holds this very comparison already.
+
+    Raises:
+        ComparisonError: it holds another one, or something else, or data or weights have changed since.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    path = folder / PLAN
+    if not path.is_file():
+        raise ComparisonError(f"{folder} exists and holds no comparison: give another --out. Nothing was changed.")
+    there = read_plan(folder)
+    here = options.hashed()
+    differing = [key for key in here if there["options"].get(key) != here[key]]
+    if differing:
+        key = differing[0]
+        raise ComparisonError(
+            f"{folder} holds another comparison ({key}: {there['options'].get(key)}, here {here[key]}): give another "
+            f"--out. Nothing was changed."
+        )
+    for name, value in fingerprints.items():
+        if there["fingerprints"][name] != value:
+            raise ComparisonError(
+                f"The {name} changed since {folder} was begun, so that its runs cannot be continued: give another "
+                f"--out. Nothing was changed."
+            )
+    return True
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """The plan that was written to a comparison's folder."""
+    return json.loads((folder / PLAN).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def fingerprint_of(weights: str | None) -> str | None:
+    """A hash of a file of weights; None where there is no file."""
+    if weights is None or not Path(weights).is_file():
+        return None
+    return hashlib.blake2b(Path(weights).read_bytes(), digest_size=16).hexdigest()
+
+
+def _variants(variants: str | Sequence[str]) -> tuple[str, ...]:
+    names = variants.split(",") if isinstance(variants, str) else list(variants)
+    names = [name.strip() for name in names if name.strip() and name.strip() != BASELINE]
+    if not names:
+        raise InvalidOption("compare: variants names nothing to compare with the baseline.")
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise InvalidOption(f"compare: variants names {twice[0]!r} twice.")
+    return tuple(names)
+
+
+def _device(device: str) -> str:
+    checks.choice("compare", "device", device.partition(":")[0], ("auto", "cpu", "cuda", "mps"))
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InvalidOption(f"compare: device {device!r} was asked for, and PyTorch sees no CUDA device here.")
+    return device
+
+
+def _quoted(word: str | None) -> str:
+    return shlex.quote(word or "")

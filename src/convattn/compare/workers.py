@@ -1,0 +1,112 @@
+"""Carry out runs: here one after the other, or several at a time in processes of their own."""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import queue
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from convattn.data import Images
+from convattn.errors import ConvattnError, RunFailed
+from convattn.train import Progress, RunSpec, execute, finished
+
+RUNS = "runs"
+
+
+def run_all(
+    specs: Sequence[RunSpec], images: Images, folder: Path, jobs: int, watch: Callable[[Progress], None]
+) -> None:
+    """Carry out the runs that are not done yet, `jobs` at a time.
+
+    Raises:
+        RunFailed: a run broke; the others that were done stay done.
+    """
+    waiting = [spec for spec in specs if finished(folder / RUNS / spec.name) is None]
+    if jobs == 1 or len(waiting) == 1:
+        for spec in waiting:
+            _execute(spec, images, folder, watch)
+    elif waiting:
+        _run_in_processes(waiting, folder, min(jobs, len(waiting)), watch)
+
+
+def _execute(spec: RunSpec, images: Images, folder: Path, watch: Callable[[Progress], None]) -> None:
+    own = folder / RUNS / spec.name
+    try:
+        execute(spec, images, own, watch)
+    except ConvattnError:
+        raise
+    except Exception as error:
+        (own / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        reason = str(error).splitlines()[0] if str(error) else ""
+        raise RunFailed(
+            f"The run {spec.name} broke: {type(error).__name__}: {reason} ({own / 'error.txt'})."
+        ) from error
+
+
+def _run_in_processes(specs: Sequence[RunSpec], folder: Path, jobs: int, watch: Callable[[Progress], None]) -> None:
+    # spawned, as everywhere else than on Linux: forked processes inherit the threads of torch half-alive
+    context = multiprocessing.get_context("spawn")
+    tasks, events = context.Queue(), context.Queue()
+    for spec in specs:
+        tasks.put(spec)
+    workers = [context.Process(target=_work, args=(folder, tasks, events), daemon=True) for _ in range(jobs)]
+    for worker in workers:
+        worker.start()
+    try:
+        _follow(len(specs), workers, events, watch)
+    finally:
+        for worker in workers:
+            worker.terminate()
+            worker.join()
+
+
+def _follow(count: int, workers: Sequence[Any], events: Any, watch: Callable[[Progress], None]) -> None:
+    done = 0
+    while done < count:
+        try:
+            event = events.get(timeout=1)
+        except queue.Empty:
+            dead = [worker for worker in workers if not worker.is_alive()]
+            if dead:
+                raise RunFailed(
+                    f"A process that trained was ended from outside (exit code {dead[0].exitcode}; out of memory?). "
+                    f"The same command goes on where it was; try fewer --jobs."
+                ) from None
+            continue
+        if isinstance(event, Progress):
+            watch(event)
+        elif isinstance(event, BaseException):
+            raise event
+        else:
+            done += 1
+
+
+def _work(folder: Path, tasks: Any, events: Any) -> None:
+    # an interrupt is the parent's to handle; and without a parent there is nobody to work for
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    images = Images.load(folder)
+    while True:
+        try:
+            spec = tasks.get_nowait()
+        except queue.Empty:
+            # held open until the parent has read what was sent
+            threading.Event().wait()
+            return
+        try:
+            _execute(spec, images, folder, events.put)
+            events.put(spec.name)
+        except ConvattnError as error:
+            events.put(type(error)(str(error)))
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)

@@ -1,0 +1,192 @@
+"""Images decoded once, to one array of bytes on disk that all runs share."""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convattn import checks
+from convattn.data.source import Found, LeftOut, Listing
+from convattn.errors import DataError
+
+ARRAY, INDEX = "images.npy", "images.json"
+# up to here images are padded before they are cropped at random; above, stored with a margin to crop from
+SMALL = 64
+# the customary margin: 256 pixels stored for 224 used
+MARGIN = 256 / 224
+
+
+@dataclass(frozen=True)
+class Images:
+    """Decoded images (N, S, S, 3) of bytes, with their paths, classes and parts.
+
+    `size` is the side that networks see, at most the stored side S.
+    """
+
+    pixels: np.ndarray
+    paths: tuple[str, ...]
+    labels: np.ndarray
+    parts: tuple[str, ...]
+    classes: tuple[str, ...]
+    size: int
+    left_out: tuple[LeftOut, ...]
+
+    @classmethod
+    def load(cls, folder: Path) -> "Images":
+        """The images that `decode` wrote to a folder."""
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        return cls(
+            pixels=np.load(folder / ARRAY, mmap_mode="r"),
+            paths=tuple(index["paths"]),
+            labels=np.array(index["labels"], dtype=np.int64),
+            parts=tuple(index["parts"]),
+            classes=tuple(index["classes"]),
+            size=index["size"],
+            left_out=tuple(LeftOut(**one) for one in index["left_out"]),
+        )
+
+
+def stored_size(size: int) -> int:
+    """The side in pixels at which images are stored that networks see at `size`."""
+    return size if size <= SMALL else round(size * MARGIN)
+
+
+def read_image(path: Path, size: int) -> np.ndarray:
+    """One image file as a network sees it: (size, size, 3) bytes, the shorter side scaled, the centre cut out.
+
+    Raises:
+        DataError: no such file, or one that cannot be decoded.
+    """
+    margin = (stored_size(size) - size) // 2
+    return _read(path, stored_size(size))[margin : margin + size, margin : margin + size]
+
+
+def decode(
+    listing: Listing,
+    folder: Path,
+    *,
+    image_size: int | None,
+    wanted_size: int | None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Images:
+    """Decode all images of a listing into a folder, and return them.
+
+    Files that cannot be decoded are left out and named in the result.
+
+    Args:
+        listing: classes and files.
+        folder: where the array goes.
+        image_size: the side in pixels that networks see; None for `wanted_size`, or the images' own if that is smaller.
+        wanted_size: the side that the network was made for, if any.
+        progress: called with the number of images done and of all.
+    """
+    size = image_size or _default_size(listing, wanted_size)
+    kept, left_out = _write_pixels(listing, folder, stored_size(size), progress)
+    index = {
+        "paths": [one.path for one in kept],
+        "labels": [one.label for one in kept],
+        "parts": [one.part for one in kept],
+        "classes": listing.classes,
+        "size": size,
+        "left_out": [asdict(one) for one in left_out],
+    }
+    (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
+    return Images.load(folder)
+
+
+def _write_pixels(
+    listing: Listing, folder: Path, side: int, progress: Callable[[int, int], None]
+) -> tuple[list[Found], list[LeftOut]]:
+    """Write what can be decoded to the array; return the images in it, and those left out."""
+    kept: list[Found] = []
+    left_out: list[LeftOut] = []
+    count = len(listing.found)
+    partial = folder / (ARRAY + ".partial")
+    pixels = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=(max(count, 1), side, side, 3))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done, image in enumerate(pool.map(lambda index: _pixels_or_reason(listing, index, side), range(count))):
+            if isinstance(image, LeftOut):
+                left_out.append(image)
+            else:
+                pixels[len(kept)] = image
+                kept.append(listing.found[done])
+            progress(done + 1, count)
+    pixels.flush()
+    del pixels
+    _shorten(partial, len(kept), side)
+    partial.replace(folder / ARRAY)
+    return kept, left_out
+
+
+def _shorten(path: Path, count: int, side: int) -> None:
+    # left-out files leave room at the end: the header is rewritten in place, of the same length
+    whole = np.load(path, mmap_mode="r")
+    if whole.shape[0] == count:
+        return
+    shape, offset = (count, side, side, 3), whole.offset
+    del whole
+    with path.open("r+b") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        if file.tell() != offset:
+            raise DataError(f"{path}: the array of images could not be shortened to {count}.")
+        file.truncate(offset + count * side * side * 3)
+
+
+def _pixels_or_reason(listing: Listing, index: int, side: int) -> np.ndarray | LeftOut:
+    if listing.pixels is not None:
+        return _fitted(_pillow().fromarray(listing.pixels[index]), side)
+    path = listing.found[index].path
+    try:
+        return _read((listing.root or Path()) / path, side)
+    except DataError as error:
+        return LeftOut(path, str(error.__cause__ or error))
+
+
+def _read(path: Path, side: int) -> np.ndarray:
+    if not path.is_file():
+        raise DataError(f"No image at {path}.")
+    try:
+        with _pillow().open(path) as image:
+            return _fitted(checks.extra("PIL.ImageOps", "Reading images").exif_transpose(image).convert("RGB"), side)
+    # the decoder raises whatever its parts do: OSError, SyntaxError, ValueError, struct.error, DecompressionBombError
+    except Exception as error:
+        raise DataError(f"{path} cannot be decoded as an image: {error}") from error
+
+
+def _fitted(image: Any, side: int) -> np.ndarray:
+    """The shorter side scaled to `side`, the centre of the longer one cut out: (side, side, 3) bytes."""
+    width, height = image.size
+    if min(width, height) != side:
+        scale = side / min(width, height)
+        width, height = max(side, round(width * scale)), max(side, round(height * scale))
+        image = image.resize((width, height), _pillow().Resampling.BILINEAR)
+    left, top = (width - side) // 2, (height - side) // 2
+    return np.asarray(image, dtype=np.uint8)[top : top + side, left : left + side]
+
+
+def _default_size(listing: Listing, wanted: int | None) -> int:
+    own = _typical_side(listing)
+    # without a wish of the network, the size of customary training
+    return min(own, wanted or 224)
+
+
+def _typical_side(listing: Listing) -> int:
+    """The median shorter side of about 200 images, from their headers."""
+    if listing.pixels is not None:
+        return int(listing.pixels.shape[1])
+    sides = []
+    for one in listing.found[:: max(1, len(listing.found) // 200)]:
+        # a broken one is reported when it is decoded
+        with contextlib.suppress(Exception), _pillow().open((listing.root or Path()) / one.path) as image:
+            sides.append(min(image.size))
+    return int(np.median(sides)) if sides else 1
+
+
+def _pillow() -> Any:
+    return checks.extra("PIL.Image", "Reading images")

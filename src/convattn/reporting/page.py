@@ -1,0 +1,85 @@
+"""The page of the report: results in, HTML out."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from convattn.checks import extra
+from convattn.errors import ComparisonError
+from convattn.reporting import figures, text
+from convattn.reporting.bars import MOST_CLASSES
+
+SCHEMA = 1
+# what a table or list shows at most; all of it is in results.json
+MOST_TABLE_CLASSES, MOST_LEFT_OUT = 200, 500
+
+SETTINGS = {
+    "backbone": "Network",
+    "weights": "Weights at the start",
+    "start": "Start of the attention",
+    "epochs": "Epochs",
+    "image_size": "Image size, pixels",
+    "batch_size": "Batch size",
+    "learning_rate": "Learning rate",
+    "weight_decay": "Weight decay",
+    "flip": "Horizontal flips",
+    "seeds": "Seeds",
+    "smallest_gain_points": "Smallest gain that matters, points",
+    "confidence": "Confidence of the intervals",
+    "threads": "Threads",
+    "device": "Device",
+}
+
+
+def render(results: Mapping[str, Any]) -> str:
+    """The whole report as one HTML document."""
+    if results.get("schema") != SCHEMA:
+        raise ComparisonError(
+            f"report: expected results of schema {SCHEMA}, got schema {results.get('schema')!r}; "
+            "write the report with the version of convattn that made them."
+        )
+    jinja2 = extra("jinja2", "the report")
+    page = jinja2.Environment(
+        loader=jinja2.PackageLoader("convattn", "reporting"),
+        # class names and paths come from users
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    page.filters |= {
+        "number": text.number,
+        "signed": text.signed,
+        "short": text.short,
+        "interval": text.interval,
+        "p_value": text.p_value,
+        "magnitude": text.magnitude,
+        "three_digits": text.three_digits,
+        "plain": text.plain,
+    }
+    rendered: str = page.get_template("report.html.j2").render(
+        results,
+        figures=figures.draw_all(results),
+        settings=_settings(results["setting"]),
+        most_classes=MOST_CLASSES,
+        most_table_classes=MOST_TABLE_CLASSES,
+        most_left_out=MOST_LEFT_OUT,
+    )
+    return rendered
+
+
+def _settings(setting: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was set, in words; a setting that this list does not know yet still appears, under its own name."""
+    return [(SETTINGS.get(key, key.replace("_", " ").capitalize()), _told(value)) for key, value in setting.items()]
+
+
+def _told(value: object) -> str:
+    if value is None:
+        return text.ABSENT
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return text.short(value)
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_told, value))
+    return str(value)

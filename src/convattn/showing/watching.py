@@ -1,0 +1,133 @@
+"""One forward pass over the images, watched: the gates as applied, the pooled vectors, the maps of a layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from convattn.attachment import BlendedHead, attached
+from convattn.checks import suggestion
+from convattn.errors import AttachError, DataError, InvalidOption, UnknownName
+from convattn.nn.base import Gate
+from convattn.showing import images
+from convattn.train import checkpoint as checkpoints
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the forward pass showed; arrays have the images first.
+
+    `sites` holds the arrays of each site by what they are: `channel` (B, C, 1, 1) and `spatial` (B, 1, H, W), the gates
+    as applied, or `pooled` (B, C) and `head` (B, C) of a pooling head, and `strength` (1,) where the site has one.
+    """
+
+    checkpoint: Path
+    about: dict[str, Any]
+    paths: list[Path]
+    names: list[str]
+    images: NDArray[np.uint8]
+    predictions: Array
+    sites: dict[str, dict[str, Array]]
+    layer: str | None
+    maps: Array | None
+
+    @property
+    def blended(self) -> bool:
+        """Whether the gates are blended with the identity, so that 1 stands for a network without them."""
+        return any("strength" in arrays for arrays in self.sites.values())
+
+
+def watch(checkpoint: Path, paths: Sequence[Path], layer: str | None) -> Seen:
+    """Run the network of a checkpoint on images, and keep what its gates and the named layer computed.
+
+    Raises:
+        ConvattnError: see `show`.
+    """
+    if not paths:
+        raise DataError("No images: give at least one.")
+    network, about = checkpoints.load(checkpoint)
+    _check(network, checkpoint, layer)
+    pixels = images.read(paths, about["image_size"])
+    x = images.normalised(pixels, about["mean"], about["std"])
+    with torch.no_grad():
+        logits, inputs, outputs = _run(network, x, layer)
+        maps = None if layer is None else _maps(layer, outputs)
+        sites = {site: _arrays(wrapper.attention, inputs[site]) for site, wrapper in _sites(network)}
+    predictions = _numbers(logits.softmax(dim=1))
+    return Seen(checkpoint, about, list(paths), images.distinct(paths), pixels, predictions, sites, layer, maps)
+
+
+def _sites(network: nn.Module) -> list[tuple[str, Any]]:
+    """The sites that have gates or a pooling head."""
+    return [(site, one) for site, one in attached(network) if isinstance(one.attention, Gate | BlendedHead)]
+
+
+def _check(network: nn.Module, checkpoint: Path, layer: str | None) -> None:
+    if layer is not None:
+        known = [name for name, _ in network.named_modules() if name]
+        if layer not in known:
+            raise UnknownName(f"No layer is called {layer!r}. {suggestion(layer, known)}")
+    elif not _sites(network):
+        parts = ", ".join(name for name, _ in network.named_children())
+        raise InvalidOption(
+            f"The network of {checkpoint} has no gates to show: give the checkpoint of a variant with attention, or "
+            f"name a layer whose feature maps to show: {parts}, or a layer inside one of them."
+        )
+
+
+def _run(
+    network: nn.Module, x: torch.Tensor, layer: str | None
+) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, ...]], list[Any]]:
+    """The logits, the inputs of each site's attention, and the outputs of each call of the layer."""
+    inputs: dict[str, tuple[torch.Tensor, ...]] = {}
+    outputs: list[Any] = []
+
+    def keep_input(site: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        inputs[site] = args
+
+    def keep_output(module: nn.Module, args: Any, output: Any) -> None:
+        # a copy: the activation behind may work in place
+        outputs.append(output.clone() if isinstance(output, torch.Tensor) else output)
+
+    handles = [one.attention.register_forward_pre_hook(partial(keep_input, site)) for site, one in _sites(network)]
+    if layer is not None:
+        handles.append(network.get_submodule(layer).register_forward_hook(keep_output))
+    logits = network(x)
+    # the gates are computed again from their inputs, which must not count as further calls of the layer
+    for handle in handles:
+        handle.remove()
+    return logits, inputs, outputs
+
+
+def _maps(layer: str, outputs: list[Any]) -> Array:
+    if len(outputs) != 1:
+        times = "is not called" if not outputs else f"is called {len(outputs)} times"
+        raise AttachError(f"The layer {layer!r} {times} in a forward pass: name the layer around it or before it.")
+    (output,) = outputs
+    if not isinstance(output, torch.Tensor) or output.dim() != 4:
+        came = f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else type(output).__name__
+        raise AttachError(f"The layer {layer!r} gives no maps (B, C, H, W) but {came}: name a layer before it.")
+    return _numbers(output)
+
+
+def _arrays(attention: Gate | BlendedHead, inputs: tuple[torch.Tensor, ...]) -> dict[str, Array]:
+    if isinstance(attention, Gate):
+        tensors = attention.gates(inputs[0])
+    else:
+        x, pooled = inputs
+        tensors = {"pooled": pooled.flatten(1), "head": attention.head(x).flatten(1)}
+    if attention.strength is not None:
+        tensors["strength"] = attention.strength
+    return {name: _numbers(tensor) for name, tensor in tensors.items()}
+
+
+def _numbers(tensor: torch.Tensor) -> Array:
+    return tensor.detach().to(torch.float32).numpy()

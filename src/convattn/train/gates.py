@@ -1,0 +1,55 @@
+"""How far the gates of a trained network have left identity."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from convattn.attachment import Attached, AttachedHead, attached
+from convattn.nn import Gate
+
+# enough to tell whether a gate does anything
+IMAGES = 128
+
+
+def departures(network: nn.Module, x: torch.Tensor) -> list[dict[str, Any]]:
+    """For each site its mean distance from identity on some images, and its `strength` (None if it has none).
+
+    For a gate that is the mean of |gate - 1| over its channels and positions, the mean of both for a gate of two
+    factors; for a pooling head the length of what it adds over the length of the pooled vector.
+    """
+    seen: dict[str, float] = {}
+    handles = [wrapper.register_forward_hook(_recorder(name, seen)) for name, wrapper in attached(network)]
+    network.eval()
+    try:
+        with torch.no_grad():
+            network(x[:IMAGES].to(next(network.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [
+        {
+            "site": name,
+            "place": "pool" if isinstance(wrapper, AttachedHead) else "residual",
+            "departure": seen[name],
+            "strength": _strength(wrapper),
+        }
+        for name, wrapper in attached(network)
+    ]
+
+
+def _strength(wrapper: Attached) -> float | None:
+    strength = wrapper.attention.strength
+    return strength.item() if isinstance(strength, torch.Tensor) else None
+
+
+def _recorder(name: str, seen: dict[str, float]) -> Any:
+    def record(wrapper: Attached, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        plain = wrapper.inner(args[0])
+        if isinstance(wrapper.attention, Gate):
+            gates = wrapper.attention.gates(plain).values()
+            seen[name] = float(torch.stack([(gate - 1).abs().mean() for gate in gates]).mean())
+        else:
+            seen[name] = float((output - plain).norm() / plain.norm())
+
+    return record

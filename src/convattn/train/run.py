@@ -1,0 +1,286 @@
+"""One run in a folder of its own: the folder is the state, and killing the process loses at most a minute.
+
+plan.json            what the run is
+log.jsonl            a line for every epoch
+checkpoint.pt        where it stands; gone when it is done
+best.pt              the weights of the best epoch so far; gone when it is done
+weights.safetensors  the chosen network, for `convattn show`
+predictions.npz      class probabilities of validation and test images, by path
+result.json          scores; written last
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from convattn.data import Batches, Images, batches, evaluation_batches, split
+from convattn.errors import RunFailed
+from convattn.train import checkpoint
+from convattn.train.gates import departures
+from convattn.train.recipe import Recipe
+
+RESULT, CHECKPOINT, BEST = "result.json", "checkpoint.pt", "best.pt"
+SECONDS_BETWEEN_CHECKPOINTS = 60
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """What one run is: a variant (`"baseline"` or a name for `attach`), a seed, and what all runs share."""
+
+    variant: str
+    seed: int
+    backbone: str
+    weights: str | None
+    start: str
+    recipe: Recipe
+    flip: bool
+    device: str
+    threads: int
+
+    @property
+    def name(self) -> str:
+        """The name of the run's folder."""
+        return f"{self.variant}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, for whoever watches."""
+
+    run: str
+    epoch: int
+    epochs: int
+    done: float
+    seconds_left: float
+    loss: float | None = None
+    validation_accuracy: float | None = None
+
+
+class Run:
+    """One run on its way: network, optimizer, and the step it stands at."""
+
+    def __init__(self, spec: RunSpec, images: Images, folder: Path) -> None:
+        self.spec, self.folder = spec, folder
+        self.device = torch.device(spec.device)
+        self.about = {
+            "backbone": spec.backbone,
+            "variant": spec.variant,
+            "start": spec.start,
+            "classes": list(images.classes),
+            "image_size": images.size,
+        }
+        # the backbone is built first, so that all variants of a seed share its initial weights
+        torch.manual_seed(spec.seed)
+        self.network = checkpoint.build(self.about, weights=spec.weights).to(self.device)
+        mean, std = self.network.input_mean, self.network.input_std
+        self.about |= {"mean": list(mean), "std": list(std)}  # type: ignore[arg-type]
+        self.split = split(images, spec.seed)
+        self.images = images
+        size = min(spec.recipe.batch_size, len(self.split.train))
+        self.batches = Batches(images, self.split.train, size, mean, std, spec.seed, spec.flip)  # type: ignore[arg-type]
+        self.optimizer = spec.recipe.optimizer(self.network)
+        self.step = 0
+        self.loss_sum = 0.0
+        self.history: list[dict[str, float]] = []
+
+    def probabilities(self, indices: np.ndarray) -> np.ndarray:
+        """The class probabilities of images (N, classes), in eval mode."""
+        self.network.eval()
+        with torch.no_grad():
+            parts = [
+                F.softmax(self.network(x.to(self.device)).float(), dim=1).cpu()
+                for x in evaluation_batches(self.batches, indices)
+            ]
+        return torch.cat(parts).numpy()
+
+    def train(self, watch: Callable[[Progress], None]) -> None:
+        """Train from where the run stands to the end."""
+        recipe, per_epoch = self.spec.recipe, len(self.batches)
+        saved = started = time.monotonic()
+        begun = self.step
+        while self.step < recipe.epochs * per_epoch:
+            epoch, first = divmod(self.step, per_epoch)
+            self.network.train()
+            for x, labels in batches(self.batches, epoch, first=first):
+                self._learn(x.to(self.device), labels.to(self.device), recipe.epochs * per_epoch)
+                if time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+                    self.save()
+                    saved = time.monotonic()
+                if self.step % per_epoch:
+                    self._tell(watch, started, begun)
+            self._end_epoch(epoch)
+            self._tell(watch, started, begun)
+
+    def _learn(self, x: torch.Tensor, labels: torch.Tensor, steps: int) -> None:
+        # whatever a layer draws (dropout, drop path) is a function of seed and step, so that a run can go on
+        torch.manual_seed(self.spec.seed * 1_000_003 + self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.spec.recipe.rate(self.step, steps)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(self.network(x), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.step += 1
+        self.loss_sum += loss.item()
+
+    def _end_epoch(self, epoch: int) -> None:
+        labels = self.images.labels[self.split.validation]
+        guesses = self.probabilities(self.split.validation)
+        likelihood = np.maximum(guesses[np.arange(len(labels)), labels], 1e-12)
+        loss = self.loss_sum / len(self.batches)
+        if not np.isfinite(loss):
+            raise RunFailed(
+                f"{self.spec.name}: the training loss is {loss} in epoch {epoch + 1}; lower --learning-rate."
+            )
+        self.history.append(
+            {
+                "epoch": epoch + 1,
+                "loss": loss,
+                "validation_accuracy": accuracy(guesses, labels),
+                "validation_loss": float(-np.log(likelihood).mean()),
+            }
+        )
+        self.loss_sum = 0.0
+        if best_epoch(self.history) == epoch + 1:
+            _save(self.folder / BEST, self.network.state_dict())
+        self.save()
+        # the log says what the checkpoint holds, so that a killed run does not repeat itself there
+        lines = "".join(json.dumps(line) + "\n" for line in self.history)
+        write(self.folder / "log.jsonl", lines)
+
+    def save(self) -> None:
+        """Write where the run stands."""
+        state = {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "loss_sum": self.loss_sum,
+            "history": self.history,
+        }
+        _save(self.folder / CHECKPOINT, state)
+
+    def restore(self) -> None:
+        """Go back to where the run stood, if it did."""
+        if (self.folder / CHECKPOINT).exists():
+            state = torch.load(self.folder / CHECKPOINT, map_location=self.device, weights_only=True)
+            self.network.load_state_dict(state["network"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.loss_sum, self.history = state["step"], state["loss_sum"], state["history"]
+
+    def finish(self) -> dict[str, Any]:
+        """Score the epoch that validation chose, and write everything down."""
+        self.network.load_state_dict(torch.load(self.folder / BEST, map_location=self.device, weights_only=True))
+        validation, test = self.probabilities(self.split.validation), self.probabilities(self.split.test)
+        self._write_predictions(validation, test)
+        checkpoint.save(self.folder / "weights.safetensors", self.network, self.about)
+        labels = self.images.labels
+        result = {
+            "variant": self.spec.variant,
+            "seed": self.spec.seed,
+            "score": accuracy(test, labels[self.split.test]),
+            "validation_accuracy": accuracy(validation, labels[self.split.validation]),
+            "chosen_epoch": best_epoch(self.history),
+            "history": self.history,
+            "gates": departures(self.network, next(evaluation_batches(self.batches, self.split.validation))),
+            "threads": torch.get_num_threads(),
+        }
+        write(self.folder / RESULT, json.dumps(result, indent=1))
+        for name in (CHECKPOINT, BEST):
+            (self.folder / name).unlink(missing_ok=True)
+        return result
+
+    def _write_predictions(self, validation: np.ndarray, test: np.ndarray) -> None:
+        paths = np.array(self.images.paths)
+        partial = self.folder / "predictions.partial.npz"
+        np.savez_compressed(
+            partial,
+            validation_paths=paths[self.split.validation],
+            validation_labels=self.images.labels[self.split.validation],
+            validation_probabilities=validation,
+            test_paths=paths[self.split.test],
+            test_labels=self.images.labels[self.split.test],
+            test_probabilities=test,
+            classes=np.array(self.images.classes),
+        )
+        partial.replace(self.folder / "predictions.npz")
+
+    def _tell(self, watch: Callable[[Progress], None], started: float, begun: int) -> None:
+        steps = self.spec.recipe.epochs * len(self.batches)
+        pace = (time.monotonic() - started) / max(1, self.step - begun)
+        last = self.history[-1] if self.history else {}
+        watch(
+            Progress(
+                run=self.spec.name,
+                epoch=min(self.step // len(self.batches) + 1, self.spec.recipe.epochs),
+                epochs=self.spec.recipe.epochs,
+                done=self.step / steps,
+                seconds_left=pace * (steps - self.step),
+                loss=last.get("loss"),
+                validation_accuracy=last.get("validation_accuracy"),
+            )
+        )
+
+
+def execute(spec: RunSpec, images: Images, folder: Path, watch: Callable[[Progress], None]) -> dict[str, Any]:
+    """Train one run to its end, from where its folder says that it stands, and return its result."""
+    result = finished(folder)
+    if result is not None:
+        return result
+    torch.set_num_threads(spec.threads)
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "plan.json", json.dumps(asdict(spec), indent=1))
+    run = Run(spec, images, folder)
+    run.restore()
+    run.train(watch)
+    return run.finish()
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The result of a run that is done, else None."""
+    path = folder / RESULT
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def start_accuracy(spec: RunSpec, images: Images) -> float:
+    """The test accuracy in percent before any training."""
+    run = Run(spec, images, Path())
+    return accuracy(run.probabilities(run.split.test), images.labels[run.split.test])
+
+
+def evaluation_shape(network: nn.Module, images: Images) -> tuple[int, ...]:
+    """The shape of the network's output for two images."""
+    plan = Batches(images, np.arange(2), 2, network.input_mean, network.input_std, 0, False)  # type: ignore[arg-type]
+    network.eval()
+    with torch.no_grad():
+        return tuple(network(next(evaluation_batches(plan, plan.indices))).shape)
+
+
+def accuracy(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Percent of images whose most probable class is the right one."""
+    return float(100 * np.mean(probabilities.argmax(axis=1) == labels))
+
+
+def best_epoch(history: list[dict[str, float]]) -> int:
+    """The epoch of the highest validation accuracy; of several, that of the lowest validation loss."""
+    return int(max(history, key=lambda line: (line["validation_accuracy"], -line["validation_loss"]))["epoch"])
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a text file in one step."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _save(path: Path, state: dict[str, Any]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    torch.save(state, partial)
+    partial.replace(path)
