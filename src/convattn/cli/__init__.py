@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
         said = getattr(error, "format_message", None)
         if said is None:
             raise
-        _fail(f"{said()} See convattn --help.", 2)
+        _fail(f"{said().rstrip('.')}. See convattn --help.", 2)
     raise SystemExit(code or 0)
 
 

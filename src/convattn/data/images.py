@@ -145,7 +145,8 @@ def _pixels_or_reason(listing: Listing, index: int, side: int) -> np.ndarray | L
     try:
         return _read((listing.root or Path()) / path, side)
     except DataError as error:
-        return LeftOut(path, str(error.__cause__ or error))
+        # without the machine's own path, which the reason may repeat
+        return LeftOut(path, f"{error.__cause__}".replace(f"{listing.root}/", ""))
 
 
 def _read(path: Path, side: int) -> np.ndarray:

@@ -52,7 +52,7 @@ def check_counts(images: Images) -> None:
         few = int(here.argmin())
         if here[few] < needed:
             raise DataError(
-                f"The class {images.classes[few]!r} has {here[few]} usable images{f' in {part}' if part else ''}, "
+                f"The class {images.classes[few]!r} has too few usable images{f' in {part}' if part else ''}: {here[few]}, "
                 f"expected at least {needed}: add images, or remove its folder."
             )
 

@@ -36,10 +36,8 @@ def read(path: Path | str) -> dict[str, torch.Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        first = str(error).strip().splitlines()[0]
         raise WeightsError(
-            f"{path} is not a checkpoint of tensors only, and nothing else is unpickled: {first} "
-            f"Save the network's state_dict() instead."
+            f"{path} is no checkpoint of tensors only, and nothing else is unpickled: save the network's state_dict()."
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise WeightsError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error

@@ -46,7 +46,7 @@ def draw_all(results: Mapping[str, Any]) -> dict[str, Any]:
 def gain(results: Mapping[str, Any], *, wide: bool) -> str:
     """The gain of each variant with its interval, against the zero line and the smallest gain that matters."""
     variants, smallest = results["variants"], results["setting"]["smallest_gain_points"]
-    width, row, left, right = (WIDE, 48, 196, 184) if wide else (NARROW, 58, 12, 12)
+    width, row, left, right = (WIDE, 48, 196, 204) if wide else (NARROW, 58, 12, 12)
     top, bottom = 32, 42
     sheet = Sheet("gain-wide" if wide else "gain-narrow", width, top + row * len(variants) + bottom)
     axes = sheet.axes(left, top, right, bottom)
@@ -73,7 +73,7 @@ def _gain_words(variant: Mapping[str, Any]) -> str:
 
 
 def _gain_row_wide(sheet: Sheet, variant: Mapping[str, Any], middle: float) -> None:
-    numbers = sheet.width - 172
+    numbers = sheet.width - 192
     sheet.text(0, middle - 9, shortened(variant["name"], 20), size=13, weight="bold")
     sheet.text(0, middle + 9, shortened(variant["title"], 29), size=11, color=colour("muted"))
     sheet.text(numbers, middle - 9, _gain_words(variant), size=12)

@@ -54,7 +54,8 @@ def show(
         >>> show("weights.safetensors", ["cat.jpg", "dog.jpg"], "gates", layer="layer3")  # doctest: +SKIP
     """
     # before the work, not after it
-    extra("matplotlib", "convattn show")
+    for package in ("matplotlib", "PIL.Image"):
+        extra(package, "convattn show")
     paths = [images] if isinstance(images, Path | str) else images
     seen = watch(Path(checkpoint), [Path(path) for path in paths], layer)
     folder = _folder(Path(out))

@@ -35,19 +35,18 @@ def spatial(seen: Seen, place: int, colours: Scale) -> Sheet:
     columns = max(3, min(5, len(gates) + 1))
     rows = math.ceil((len(gates) + 1) / columns)
     width = 2 * MARGIN + columns * (cell + gap) + 0.85
-    note = "Colours from the 1st to the 99th percentile of all sites and images" + _unchanged(seen)
+    note = "Colours: 1st to 99th percentile of all sites and images, shaded by the image" + _unchanged(seen)
     sheet = Sheet(width, rows * (cell + label) + MARGIN, _title(seen, place, "Spatial gates"), origin(seen), note)
     image = seen.images[place]
     for position, (site, gate) in enumerate([("", None), *gates.items()]):
         left = MARGIN + position % columns * (cell + gap)
         top = position // columns * (cell + label) + label - 0.1
-        axes = sheet.picture(left, top, cell, cell)
         if gate is None:
-            axes.imshow(image)
+            sheet.picture(image, left, top, cell, cell)
             sheet.text(left, top - 0.28, "the image as the network sees it", size=9)
             sheet.text(left, top - 0.11, f"{image.shape[1]} × {image.shape[0]} pixels", size=8, color=MUTED)
             continue
-        _overlay(axes, image, gate, colours)
+        sheet.picture(_overlay(image, gate, colours), left, top, cell, cell)
         sheet.text(left, top - 0.28, f"{shortened(site, 19)}  ({gate.shape[1]} × {gate.shape[0]})", size=9)
         sheet.text(left, top - 0.11, _described(gate), size=8, color=MUTED)
     height = min(rows * (cell + label) - label, 2 * cell + label)
@@ -123,18 +122,16 @@ def maps(seen: Seen, place: int) -> Sheet:
     width = left + side * cell + 1.0
     height = max(2.6, lines * (tall + 0.16)) + MARGIN + 0.1
     title = _title(seen, place, f"Feature maps of {shortened(seen.layer, 28)}")
-    note = "Colours from the 1st to the 99th percentile of all channels of this image"
+    note = "Colours: 1st to 99th percentile of all channels of this image"
     sheet = Sheet(width, height, title, origin(seen), note)
-    picture = sheet.picture(MARGIN, top, 2.0, 2.0)
-    picture.imshow(seen.images[place])
+    sheet.picture(seen.images[place], MARGIN, top, 2.0, 2.0)
     which = f"all {channels} channels" if channels == count else f"the first {count} of {channels} channels"
     sheet.text(MARGIN, top - 0.13, "the image as the network sees it", size=9)
     sheet.text(MARGIN, top + 2.2, f"{which},", size=9)
     sheet.text(MARGIN, top + 2.37, f"{columns} × {rows} positions", size=9)
     for number, one in enumerate(shown_maps):
         x, y = left + number % side * cell, top + number // side * (tall + 0.16)
-        axes = sheet.picture(x, y, cell * 0.94, tall * 0.94)
-        axes.imshow(colours.mappable.to_rgba(one), interpolation="nearest")
+        sheet.picture(colours.mappable.to_rgba(one), x, y, cell * 0.94, tall * 0.94)
         sheet.text(x, y - 0.07, str(number), size=7, color=MUTED)
     sheet.colour_bar(colours, width - 0.85, top, max(2.0, lines * (tall + 0.16) - 0.2), "value")
     return sheet
@@ -154,15 +151,15 @@ def _unchanged(seen: Seen) -> str:
     return "; 1 leaves the map as it is" if seen.blended else ""
 
 
-def _overlay(axes: "Axes", image: NDArray[np.uint8], gate: Array, colours: Scale) -> None:
+def _overlay(image: NDArray[np.uint8], gate: Array, colours: Scale) -> NDArray[np.float64]:
     """The gate in colour, darker where the image is dark; a flat gate as its mean, so that noise draws no pattern."""
     values = np.full_like(gate, gate.mean()) if np.ptp(gate) < FLAT else gate
     height, width = image.shape[:2]
     # the gate of the position that each pixel falls into
-    rows, columns = (np.arange(side) * steps // side for side, steps in zip((height, width), gate.shape, strict=True))
+    rows, columns = (np.arange(side) * steps // side for side, steps in zip((width, height), gate.shape[::-1], strict=True))
     grey = image @ np.array([0.299, 0.587, 0.114]) / 255
     colour = colours.mappable.to_rgba(values)[rows][:, columns, :3]
-    axes.imshow(colour * (DARKEST + (1 - DARKEST) * grey[..., None]), interpolation="nearest")
+    return np.asarray(colour * (DARKEST + (1 - DARKEST) * grey[..., None]))
 
 
 def _described(values: Array) -> str:

@@ -59,8 +59,8 @@ def watch(checkpoint: Path, paths: Sequence[Path], layer: str | None) -> Seen:
     x = images.normalised(pixels, about["mean"], about["std"])
     with torch.no_grad():
         logits, inputs, outputs = _run(network, x, layer)
-        maps = None if layer is None else _maps(layer, outputs)
         sites = {site: _arrays(wrapper.attention, inputs[site]) for site, wrapper in _sites(network)}
+        maps = None if layer is None else _maps(layer, outputs)
     predictions = _numbers(logits.softmax(dim=1))
     return Seen(checkpoint, about, list(paths), images.distinct(paths), pixels, predictions, sites, layer, maps)
 
