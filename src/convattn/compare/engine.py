@@ -83,7 +83,8 @@ def run(
         weight_decay: for weights of two and more dimensions.
         flip: mirror training images at random; by default yes, but not the digits.
         device: `"auto"`, `"cpu"`, `"cuda"` or `"mps"`.
-        jobs: runs at a time, each with its share of the processor's threads.
+        jobs: runs at a time, each with its share of the processor's threads; above 1 they are processes of their own,
+            so that a script has to call this below `if __name__ == "__main__"`.
         smallest_gain: the smallest gain in percentage points that is worth it.
         out: the folder; by default named after the data and a hash of the plan.
         quiet: print nothing.
@@ -130,7 +131,7 @@ def _prepared(options: Options, source: Source, folder: Path, display: Display) 
     """The images of a comparison, in its folder; the folder appears only when everything in the request is right."""
     fingerprints = {"images": source.fingerprint(), "weights": fingerprint_of(options.weights)}
     known = check_folder(folder, options, fingerprints)
-    if known and (folder / ARRAY).exists():
+    if known and ((folder / ARRAY).exists() or _is_complete(options, folder)):
         return Images.load(folder)
     with _partial(folder) as partial:
         listing = source.listing(partial / "unpacked")
@@ -142,13 +143,31 @@ def _prepared(options: Options, source: Source, folder: Path, display: Display) 
         check_counts(images)
         _check_forward(network, images, options)
         write(partial / PLAN, json.dumps({"options": options.hashed(), "fingerprints": fingerprints}, indent=1))
-        folder.mkdir(parents=True, exist_ok=True)
-        # the plan last: without it the folder is no comparison
-        for file in sorted(partial.iterdir(), key=lambda path: path.name == PLAN):
-            file.replace(folder / file.name)
-    for one in images.left_out:
+        left_out = images.left_out
+        # some systems do not move a file that is mapped
+        del images
+        _appear(partial, folder, known)
+    for one in left_out:
         display.warn(f"left out {one.path}: {one.reason}")
     return Images.load(folder)
+
+
+def _is_complete(options: Options, folder: Path) -> bool:
+    """Whether nothing is left to train or to measure, so that the images are not needed."""
+    runs = [folder / RUNS / f"{name}-seed{seed}" for name in _names(options) for seed in range(options.seeds)]
+    files = [folder / START, folder / timing.COST]
+    return all(finished(run) is not None for run in runs) and all(file.exists() for file in files)
+
+
+def _appear(partial: Path, folder: Path, known: bool) -> None:
+    """Make what was prepared the comparison's folder: in one step if it is new."""
+    if known:
+        for file in partial.iterdir():
+            file.replace(folder / file.name)
+        return
+    if folder.exists():
+        folder.rmdir()
+    partial.replace(folder)
 
 
 @contextlib.contextmanager
@@ -183,10 +202,9 @@ def _check_forward(network: torch.nn.Module, images: Images, options: Options) -
 
 
 def _carried_out(options: Options, images: Images, folder: Path, display: Display, threads: int) -> dict[str, Any]:
-    names = (BASELINE, *options.variants)
     share = max(1, threads // options.jobs)
-    specs = [_spec(options, variant, seed, share) for seed in range(options.seeds) for variant in names]
-    firsts = [_spec(options, variant, 0, threads) for variant in names]
+    specs = [_spec(options, variant, seed, share) for seed in range(options.seeds) for variant in _names(options)]
+    firsts = [_spec(options, variant, 0, threads) for variant in _names(options)]
     parts = split(images, 0)
     display.say(
         f"{len(images.classes)} classes, {len(parts.train):,} training, {len(parts.validation):,} validation and "
@@ -204,7 +222,8 @@ def _carried_out(options: Options, images: Images, folder: Path, display: Displa
     already = sum(finished(folder / RUNS / spec.name) is not None for spec in specs)
     with display.watch(len(specs), already):
         run_all(specs, images, folder, options.jobs, display.update)
-    display.say("Measuring what each variant costs ...")
+    if not (folder / timing.COST).exists():
+        display.say("Measuring what each variant costs ...")
     costs = timing.measure(options, firsts, images, folder)
     results = assemble(options, images, folder, starts, costs)
     write(folder / RESULTS, json.dumps(results, indent=1))
@@ -228,6 +247,10 @@ def _start_accuracies(
             write(path, json.dumps(known, indent=1))
         display.say(f"  {spec.variant:<20} {known[spec.variant]:6.2f} %")
     return known
+
+
+def _names(options: Options) -> tuple[str, ...]:
+    return (BASELINE, *options.variants)
 
 
 def _spec(options: Options, variant: str, seed: int, threads: int) -> RunSpec:

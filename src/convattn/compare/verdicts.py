@@ -55,8 +55,7 @@ def sentence(variant: str, found: Gain, seeds: int, smallest: float, cost: str) 
         if needed
         else "More seeds alone would not settle it soon: more test images would."
     )
-    known = " It helps, but" if found.low > 0 else " It hurts, but" if found.high < 0 else ""
-    lead = f"{known} whether by {smallest:g} points is open." if known else ""
+    lead = f" It helps, but whether by {smallest:g} points is open." if found.low > 0 else ""
     return f"{name}: cannot tell. The gain is {interval}{cost}.{lead} {settle}"
 
 
@@ -68,9 +67,12 @@ def headline(verdicts: Sequence[tuple[str, str]], smallest: float) -> str:
     elif groups[CANNOT_TELL] and groups[NOT_WORTH]:
         said = "Nothing is shown to be worth it here."
     elif groups[CANNOT_TELL]:
-        said = f"Cannot tell yet whether any of them gains {smallest:g} points."
-    else:
+        which = "any of them" if len(verdicts) > 1 else verdicts[0][0]
+        said = f"Cannot tell yet whether {which} gains {smallest:g} points."
+    elif len(verdicts) > 1:
         return f"None of them is worth it here: each gains less than {smallest:g} points."
+    else:
+        return f"{verdicts[0][0]} is not worth it here: it gains less than {smallest:g} points."
     if groups[CANNOT_TELL] and len(groups[CANNOT_TELL]) < len(verdicts):
         said += f" Cannot tell yet: {', '.join(groups[CANNOT_TELL])}."
     if groups[NOT_WORTH]:

@@ -20,6 +20,7 @@ ARRAY, INDEX = "images.npy", "images.json"
 SMALL = 64
 # the customary margin: 256 pixels stored for 224 used
 MARGIN = 256 / 224
+NO_PIXELS = np.empty((0, 0, 0, 3), dtype=np.uint8)
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,10 @@ class Images:
 
     @classmethod
     def load(cls, folder: Path) -> "Images":
-        """The images that `decode` wrote to a folder."""
+        """The images that `decode` wrote to a folder; without pixels if the array has been removed since."""
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         return cls(
-            pixels=np.load(folder / ARRAY, mmap_mode="r"),
+            pixels=np.load(folder / ARRAY, mmap_mode="r") if (folder / ARRAY).exists() else NO_PIXELS,
             paths=tuple(index["paths"]),
             labels=np.array(index["labels"], dtype=np.int64),
             parts=tuple(index["parts"]),

@@ -51,9 +51,10 @@ def check_counts(images: Images) -> None:
         here = np.bincount(images.labels[np.array(images.parts) == part], minlength=len(images.classes))
         few = int(here.argmin())
         if here[few] < needed:
+            where = f" in {part}" if part else ""
             raise DataError(
-                f"The class {images.classes[few]!r} has too few usable images{f' in {part}' if part else ''}: {here[few]}, "
-                f"expected at least {needed}: add images, or remove its folder."
+                f"The class {images.classes[few]!r} has too few usable images{where}: {here[few]}, expected at least "
+                f"{needed}; add images, or remove its folder."
             )
 
 

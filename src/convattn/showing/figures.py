@@ -156,7 +156,7 @@ def _overlay(image: NDArray[np.uint8], gate: Array, colours: Scale) -> NDArray[n
     values = np.full_like(gate, gate.mean()) if np.ptp(gate) < FLAT else gate
     height, width = image.shape[:2]
     # the gate of the position that each pixel falls into
-    rows, columns = (np.arange(side) * steps // side for side, steps in zip((width, height), gate.shape[::-1], strict=True))
+    rows, columns = (np.arange(side) * steps // side for side, steps in zip((height, width), gate.shape, strict=True))
     grey = image @ np.array([0.299, 0.587, 0.114]) / 255
     colour = colours.mappable.to_rgba(values)[rows][:, columns, :3]
     return np.asarray(colour * (DARKEST + (1 - DARKEST) * grey[..., None]))
