@@ -124,4 +124,5 @@ def show(
     """Show what the gates of a trained network attend to, and which of them do nothing."""
     from convattn import showing
 
-    sys.stdout.write(f"{showing.show(checkpoint, images, out, layer=layer)}\n")
+    folder = showing.show(checkpoint, images, out, layer=layer)
+    sys.stdout.write(f"{showing.table(folder)}\n\nPictures and numbers: {folder}\n")

@@ -42,8 +42,10 @@ class Images:
     def load(cls, folder: Path) -> "Images":
         """The images that `decode` wrote to a folder; without pixels if the array has been removed since."""
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        pixels = np.load(folder / ARRAY, mmap_mode="r") if (folder / ARRAY).exists() else NO_PIXELS
         return cls(
-            pixels=np.load(folder / ARRAY, mmap_mode="r") if (folder / ARRAY).exists() else NO_PIXELS,
+            # files left out leave room at the end
+            pixels=pixels[: len(index["paths"])],
             paths=tuple(index["paths"]),
             labels=np.array(index["labels"], dtype=np.int64),
             parts=tuple(index["parts"]),
@@ -120,23 +122,8 @@ def _write_pixels(
             progress(done + 1, count)
     pixels.flush()
     del pixels
-    _shorten(partial, len(kept), side)
     partial.replace(folder / ARRAY)
     return kept, left_out
-
-
-def _shorten(path: Path, count: int, side: int) -> None:
-    # left-out files leave room at the end: the header is rewritten in place, of the same length
-    whole = np.load(path, mmap_mode="r")
-    if whole.shape[0] == count:
-        return
-    shape, offset = (count, side, side, 3), whole.offset
-    del whole
-    with path.open("r+b") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        if file.tell() != offset:
-            raise DataError(f"{path}: the array of images could not be shortened to {count}.")
-        file.truncate(offset + count * side * side * 3)
 
 
 def _pixels_or_reason(listing: Listing, index: int, side: int) -> np.ndarray | LeftOut:
@@ -153,12 +140,23 @@ def _pixels_or_reason(listing: Listing, index: int, side: int) -> np.ndarray | L
 def _read(path: Path, side: int) -> np.ndarray:
     if not path.is_file():
         raise DataError(f"No image at {path}.")
+    turn, open_image = checks.extra("PIL.ImageOps", "Reading images").exif_transpose, _pillow().open
     try:
-        with _pillow().open(path) as image:
-            return _fitted(checks.extra("PIL.ImageOps", "Reading images").exif_transpose(image).convert("RGB"), side)
+        with open_image(path) as image:
+            return _fitted(_colours(turn(image)), side)
     # the decoder raises whatever its parts do: OSError, SyntaxError, ValueError, struct.error, DecompressionBombError
     except Exception as error:
         raise DataError(f"{path} cannot be decoded as an image: {error}") from error
+
+
+def _colours(image: Any) -> Any:
+    """An image of any mode in three channels of bytes."""
+    if image.mode.startswith("I;16"):
+        # the decoder would cut 16 bits off at 255
+        image = _pillow().fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 def _fitted(image: Any, side: int) -> np.ndarray:

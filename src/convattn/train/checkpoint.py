@@ -31,7 +31,8 @@ def save(path: Path, network: nn.Module, about: dict[str, Any]) -> None:
     `about` has the keys `backbone`, `variant` (`"baseline"` or a name for `attach`), `start`, `classes` (the list of
     their names), `image_size`, `mean` and `std`.
     """
-    state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+    # cloned: the format refuses tensors that share memory
+    state = {key: value.detach().cpu().clone().contiguous() for key, value in network.state_dict().items()}
     partial = path.with_suffix(".partial")
     partial.write_bytes(safetensors.torch.save(state, metadata={"convattn": json.dumps(about)}))
     partial.replace(path)
@@ -49,13 +50,19 @@ def load(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("convattn", "null"))
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is not a safetensors file: {error}.") from error
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise WeightsError(f"{path} is not a checkpoint of convattn: {error}.") from error
     if not isinstance(about, dict) or not set(KEYS) <= set(about):
         raise WeightsError(
             f"{path} holds weights but not what they belong to: give a weights.safetensors that `convattn compare` "
             f"wrote."
         )
     network = build(about)
-    network.load_state_dict(safetensors.torch.load_file(path))
+    try:
+        network.load_state_dict(safetensors.torch.load_file(path))
+    except RuntimeError as error:
+        raise WeightsError(
+            f"The weights in {path} do not fit {about['backbone']} with {about['variant']}: "
+            f"{str(error).splitlines()[-1].strip()} Has the network's code changed since?"
+        ) from error
     return network.eval(), about

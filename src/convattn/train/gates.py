@@ -18,8 +18,9 @@ def departures(network: nn.Module, x: torch.Tensor) -> list[dict[str, Any]]:
     For a gate that is the mean of |gate - 1| over its channels and positions, the mean of both for a gate of two
     factors; for a pooling head the length of what it adds over the length of the pooled vector.
     """
+    sites = attached(network)
     seen: dict[str, float] = {}
-    handles = [wrapper.register_forward_hook(_recorder(name, seen)) for name, wrapper in attached(network)]
+    handles = [wrapper.attention.register_forward_hook(_recorder(name, seen)) for name, wrapper in sites]
     network.eval()
     try:
         with torch.no_grad():
@@ -34,7 +35,7 @@ def departures(network: nn.Module, x: torch.Tensor) -> list[dict[str, Any]]:
             "departure": seen[name],
             "strength": _strength(wrapper),
         }
-        for name, wrapper in attached(network)
+        for name, wrapper in sites
     ]
 
 
@@ -44,12 +45,12 @@ def _strength(wrapper: Attached) -> float | None:
 
 
 def _recorder(name: str, seen: dict[str, float]) -> Any:
-    def record(wrapper: Attached, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        plain = wrapper.inner(args[0])
-        if isinstance(wrapper.attention, Gate):
-            gates = wrapper.attention.gates(plain).values()
+    def record(attention: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if isinstance(attention, Gate):
+            gates = attention.gates(args[0]).values()
             seen[name] = float(torch.stack([(gate - 1).abs().mean() for gate in gates]).mean())
         else:
-            seen[name] = float((output - plain).norm() / plain.norm())
+            pooled = args[1]
+            seen[name] = float((output - pooled).norm() / pooled.norm())
 
     return record

@@ -1,0 +1,295 @@
+"""Which files are found in which class and part, in folders and in archives."""
+
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from convattn.data import LeftOut, Listing, decode, open_source
+from convattn.errors import DataError
+from small_runs import CLASSES, contents, decoded, write_images, write_parts
+
+
+def listing(data: Path) -> Listing:
+    return open_source(data).listing(data.parent / "unpacked")
+
+
+def pack(folder: Path, archive: Path) -> Path:
+    """An archive of a folder, with the folder itself in it, as people pack them."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as zipped:
+            for file in files:
+                zipped.write(file, file.relative_to(folder.parent))
+    else:
+        with tarfile.open(archive, "w:" + archive.suffix[1:]) as tar:
+            tar.add(folder, folder.name)
+    return archive
+
+
+def test_class_folders(tmp_path: Path) -> None:
+    found = listing(write_images(tmp_path / "data", count=2))
+    assert found.classes == CLASSES
+    assert [(one.path, one.label, one.part) for one in found.found] == [
+        ("blue/000.png", 0, ""),
+        ("blue/001.png", 0, ""),
+        ("green/000.png", 1, ""),
+        ("green/001.png", 1, ""),
+        ("red/000.png", 2, ""),
+        ("red/001.png", 2, ""),
+    ]
+
+
+@pytest.mark.parametrize("validation", ["val", "valid", "validation"])
+def test_parts(tmp_path: Path, validation: str) -> None:
+    found = listing(write_parts(tmp_path / "data", train=3, test=2, **{validation: 1}))
+    assert found.classes == CLASSES
+    assert {(one.path.split("/")[0], one.part) for one in found.found} == {
+        ("train", "train"),
+        (validation, "validation"),
+        ("test", "test"),
+    }
+    assert [sum(one.part == part for one in found.found) for part in ("train", "validation", "test")] == [9, 3, 6]
+    assert all(one.path.split("/")[1] == CLASSES[one.label] for one in found.found)
+
+
+def test_train_alone(tmp_path: Path) -> None:
+    found = listing(write_parts(tmp_path / "data", train=3))
+    assert found.classes == CLASSES
+    assert {one.part for one in found.found} == {"train"}
+
+
+@pytest.mark.parametrize("parts", [{}, {"train": 3, "test": 1}])
+def test_single_folders_around(tmp_path: Path, parts: dict[str, int]) -> None:
+    inner = tmp_path / "outer" / "photos" / "version 2"
+    if parts:
+        write_parts(inner, **parts)
+    else:
+        write_images(inner, count=3)
+    assert listing(tmp_path / "outer").found == listing(inner).found
+
+
+def test_images_below_subfolders_of_a_class(tmp_path: Path) -> None:
+    data = write_images(tmp_path / "data", count=1)
+    (data / "red" / "b" / "c").mkdir(parents=True)
+    shutil.copy(data / "red" / "000.png", data / "red" / "b" / "c" / "x.PNG")
+    assert [one.path for one in listing(data).found if one.label == 2] == ["red/000.png", "red/b/c/x.PNG"]
+
+
+def test_hidden_files_are_ignored(tmp_path: Path) -> None:
+    data = write_parts(tmp_path / "data", train=3, test=1)
+    before, fingerprint = listing(data), open_source(data).fingerprint()
+    for name in (".DS_Store", "train/red/.DS_Store", "train/red/._000.png", "test/red/Thumbs.db", "train/desktop.ini"):
+        (data / name).write_bytes(b"clutter")
+    (data / "__MACOSX" / "red").mkdir(parents=True)
+    (data / "train" / ".cache").mkdir()
+    assert listing(data) == before
+    assert open_source(data).fingerprint() == fingerprint
+
+
+@pytest.mark.parametrize("folder", [".ipynb_checkpoints", "__MACOSX"])
+def test_files_below_hidden_folders_are_ignored(tmp_path: Path, folder: str) -> None:
+    data = write_images(tmp_path / "data", count=2)
+    before, fingerprint = listing(data), open_source(data).fingerprint()
+    (data / "red" / folder).mkdir()
+    shutil.copy(data / "red" / "000.png", data / "red" / folder / "000-checkpoint.png")
+    (data / "red" / folder / "notes.txt").write_text("not mine")
+    assert listing(data) == before
+    assert open_source(data).fingerprint() == fingerprint
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar.xz", ".tar.gz"])
+@pytest.mark.parametrize("parts", [{}, {"train": 4, "test": 2}])
+def test_archives_equal_their_folder(tmp_path: Path, suffix: str, parts: dict[str, int]) -> None:
+    data = write_parts(tmp_path / "data", **parts) if parts else write_images(tmp_path / "data", count=4)
+    (data / next(iter(data.iterdir())).name / ".DS_Store").write_bytes(b"clutter")
+    archive = pack(data, tmp_path / f"packed{suffix}")
+    assert open_source(archive).name == "packed"
+    plain, packed = decoded(data, tmp_path / "a"), decoded(archive, tmp_path / "b")
+    assert np.array_equal(plain.pixels, packed.pixels)
+    assert np.array_equal(plain.labels, packed.labels)
+    assert (plain.paths, plain.parts, plain.classes, plain.size) == (
+        packed.paths,
+        packed.parts,
+        packed.classes,
+        packed.size,
+    )
+
+
+def test_broken_images_in_an_archive_are_named_by_their_path_in_it(tmp_path: Path) -> None:
+    data = write_images(tmp_path / "data", count=3)
+    (data / "red" / "noise.jpg").write_text("no image")
+    images = decoded(pack(data, tmp_path / "packed.zip"), tmp_path / "out")
+    assert images.left_out == (LeftOut("red/noise.jpg", "cannot identify image file 'red/noise.jpg'"),)
+
+
+def test_digits(tmp_path: Path) -> None:
+    source = open_source("digits")
+    found = source.listing(tmp_path / "unpacked")
+    images = decode(found, tmp_path, image_size=None, wanted_size=32)
+    original = load_digits()
+    assert source.name == "digits"
+    assert images.classes == tuple("0123456789")
+    assert images.size == 8
+    assert images.pixels.shape == (1797, 8, 8, 3)
+    assert np.array_equal(images.labels, original.target)
+    assert np.array_equal(images.pixels, np.rint(original.images * 255 / 16)[..., None].repeat(3, axis=3))
+    assert len(set(images.paths)) == 1797
+    assert all(path.startswith(f"{label}/") for path, label in zip(images.paths, images.labels, strict=True))
+
+
+def test_a_folder_called_digits_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path / "digits", count=1)
+    monkeypatch.chdir(tmp_path)
+    assert open_source("digits").listing(tmp_path / "unpacked").classes == CLASSES
+
+
+@pytest.mark.parametrize("place", ["red", "train/red"])
+def test_a_text_file_among_images(tmp_path: Path, place: str) -> None:
+    data = tmp_path / "data"
+    if place == "red":
+        write_images(data, count=2)
+    else:
+        write_parts(data, train=2, test=2)
+    (data / place / "notes.txt").write_text("remember")
+    with pytest.raises(DataError, match=rf"{place}/notes\.txt is no image .*\.png.*: move it out"):
+        listing(data)
+
+
+def test_a_text_file_above_the_class_folders_is_no_matter(tmp_path: Path) -> None:
+    data = write_images(tmp_path / "data", count=2)
+    before = listing(data)
+    (data / "README.md").write_text("about")
+    assert listing(data) == before
+
+
+def test_a_text_file_in_an_archive_leaves_nothing_but_the_message(tmp_path: Path) -> None:
+    data = write_images(tmp_path / "data", count=2)
+    (data / "red" / "labels.csv").write_text("a,b")
+    archive = pack(data, tmp_path / "packed.tar.xz")
+    with pytest.raises(DataError, match=r"^red/labels\.csv is no image"):
+        listing(archive)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_classes_that_differ_between_parts(tmp_path: Path, part: str) -> None:
+    data = write_parts(tmp_path / "data", train=2, test=2)
+    (data / part / "yellow").mkdir()
+    with pytest.raises(DataError, match="test and .*train differ in the class folders yellow"):
+        listing(data)
+
+
+def test_a_folder_beside_the_parts(tmp_path: Path) -> None:
+    data = write_parts(tmp_path / "data", train=2, test=2)
+    (data / "unlabelled").mkdir()
+    with pytest.raises(DataError, match="has the folder 'unlabelled' beside test, train"):
+        listing(data)
+
+
+def test_parts_without_train(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has test, val but no train folder"):
+        listing(write_parts(tmp_path / "data", val=1, test=1))
+
+
+def test_two_folders_for_one_part(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="two folders for one part: train, val, valid"):
+        listing(write_parts(tmp_path / "data", train=1, val=1, valid=1))
+
+
+def test_parts_in_capitals_are_not_taken_for_classes(tmp_path: Path) -> None:
+    data = write_parts(tmp_path / "data", Train=3, Test=2)
+    try:
+        found = listing(data)
+    except DataError as error:
+        assert "Train" in str(error)
+    else:
+        assert found.classes == CLASSES
+
+
+def test_too_few_classes(tmp_path: Path) -> None:
+    data = write_images(tmp_path / "data", count=1)
+    shutil.rmtree(data / "red")
+    shutil.rmtree(data / "blue")
+    with pytest.raises(DataError, match="expected at least 2: one folder for each class"):
+        listing(data)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty has 0 class folders, expected at least 2"):
+        listing(tmp_path / "empty")
+
+
+def test_no_such_data(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="No data at .*nowhere: give a folder of class folders, an archive of one, or"):
+        open_source(tmp_path / "nowhere")
+
+
+def test_a_file_that_is_no_archive(tmp_path: Path) -> None:
+    (tmp_path / "photos.rar").write_bytes(b"Rar!")
+    with pytest.raises(DataError, match=r"photos\.rar is a file, expected a folder of class folders or an archive"):
+        open_source(tmp_path / "photos.rar")
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar.xz", ".tar.gz"])
+@pytest.mark.parametrize("harm", ["text", "cut", "flipped"])
+def test_damaged_archives(tmp_path: Path, suffix: str, harm: str) -> None:
+    data = write_images(tmp_path / "data", count=1)
+    # compressible, so that a flipped byte breaks the decompression
+    (data / "red" / "large.bmp").write_bytes(b"".join(b"%d," % number for number in range(50_000)))
+    archive = pack(data, tmp_path / f"packed{suffix}")
+    content = archive.read_bytes()
+    middle = len(content) // 2
+    archive.write_bytes(
+        {
+            "text": b"this is no archive",
+            "cut": content[:middle],
+            "flipped": content[:middle] + bytes(255 - byte for byte in content[middle:-200]) + content[-200:],
+        }[harm]
+    )
+    with pytest.raises(DataError, match=rf"packed{suffix} cannot be unpacked"):
+        listing(archive)
+
+
+def test_an_archive_does_not_write_outside_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    archive = tmp_path / "in" / "deep" / "evil.tar"
+    (tmp_path / "payload.png").write_bytes(b"payload")
+    with tarfile.open(archive, "w") as tar:
+        tar.add(tmp_path / "payload.png", "../../escaped.png")
+    before = contents(tmp_path)
+    with pytest.raises(DataError, match=r"evil\.tar cannot be unpacked"):
+        open_source(archive).listing(tmp_path / "in" / "deep" / "unpacked")
+    assert {**before, "in/deep/unpacked": None} == contents(tmp_path)
+
+
+def test_the_fingerprint_is_of_names_and_contents(tmp_path: Path) -> None:
+    data = write_images(tmp_path / "data", count=2)
+    first = open_source(data).fingerprint()
+    assert open_source(data).fingerprint() == first
+    shutil.copytree(data, tmp_path / "copy")
+    assert open_source(tmp_path / "copy").fingerprint() == first
+
+    (data / "red" / "000.png").rename(data / "red" / "002.png")
+    renamed = open_source(data).fingerprint()
+    (data / "red" / "002.png").rename(data / "red" / "000.png")
+    assert open_source(data).fingerprint() == first
+
+    content = bytearray((data / "red" / "000.png").read_bytes())
+    content[-1] ^= 1
+    (data / "red" / "000.png").write_bytes(content)
+    changed = open_source(data).fingerprint()
+    shutil.copy(data / "red" / "001.png", data / "red" / "003.png")
+    added = open_source(data).fingerprint()
+    assert len({first, renamed, changed, added}) == 4
+
+
+def test_the_fingerprint_of_an_archive(tmp_path: Path) -> None:
+    data = write_images(tmp_path / "data", count=2)
+    archive = pack(data, tmp_path / "packed.zip")
+    first = open_source(archive).fingerprint()
+    assert open_source(archive).fingerprint() == first
+    shutil.copy(data / "red" / "001.png", data / "red" / "002.png")
+    pack(data, archive)
+    assert open_source(archive).fingerprint() != first

@@ -1,0 +1,144 @@
+"""Training, validation and test images: stratified, the test images the same for every seed."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from convattn.data import Images, check_counts, split
+from convattn.errors import DataError
+
+PARTS = ("train", "validation", "test")
+
+
+def images(**counts: list[int]) -> Images:
+    """Images without pixels, so many of each class in each part; `given_in_none` for those in none."""
+    labels, parts = [], []
+    for part, by_class in counts.items():
+        for label, count in enumerate(by_class):
+            labels += [label] * count
+            parts += ["" if part == "given_in_none" else part] * count
+    classes = len(next(iter(counts.values())))
+    return Images(
+        pixels=np.zeros((len(labels), 1, 1, 3), np.uint8),
+        paths=tuple(f"{index}.png" for index in range(len(labels))),
+        labels=np.array(labels, dtype=np.int64),
+        parts=tuple(parts),
+        classes=tuple(f"class {label}" for label in range(classes)),
+        size=1,
+        left_out=(),
+    )
+
+
+def counted(found: Images, indices: np.ndarray) -> list[int]:
+    return np.bincount(found.labels[indices], minlength=len(found.classes)).tolist()
+
+
+def test_shares_of_every_class() -> None:
+    found = images(given_in_none=[100, 50, 20])
+    parts = split(found, 3)
+    assert counted(found, parts.test) == [20, 10, 4]
+    assert counted(found, parts.validation) == [12, 6, 2]
+    assert counted(found, parts.train) == [68, 34, 14]
+
+
+@given(counts=st.lists(st.integers(3, 60), min_size=2, max_size=6), seed=st.integers(0, 2**31))
+@settings(deadline=None, max_examples=60)
+def test_every_image_is_in_one_part_and_every_class_in_every_part(counts: list[int], seed: int) -> None:
+    found = images(given_in_none=counts)
+    check_counts(found)
+    parts = split(found, seed)
+    everything = np.concatenate([parts.train, parts.validation, parts.test])
+    assert np.array_equal(np.sort(everything), np.arange(sum(counts)))
+    for part in PARTS:
+        indices = getattr(parts, part)
+        assert min(counted(found, indices)) >= 1
+        assert np.array_equal(indices, np.sort(indices))
+
+
+def test_the_same_seed_gives_the_same_parts() -> None:
+    first, again = (split(images(given_in_none=[30, 30]), 5) for _ in range(2))
+    for part in PARTS:
+        assert np.array_equal(getattr(first, part), getattr(again, part))
+
+
+@pytest.mark.parametrize("counts", [{"given_in_none": [40, 40]}, {"train": [40, 40]}])
+def test_test_images_are_the_same_for_all_seeds_and_the_rest_is_cut_anew(counts: dict[str, list[int]]) -> None:
+    found = images(**counts)
+    parts = [split(found, seed) for seed in range(8)]
+    assert all(np.array_equal(one.test, parts[0].test) for one in parts)
+    assert len({tuple(one.validation) for one in parts}) == 8
+    assert len({tuple(one.train) for one in parts}) == 8
+
+
+def test_cuts_are_random_and_not_the_same_in_every_class() -> None:
+    found = images(given_in_none=[40, 40])
+    parts = split(found, 0)
+    places = [set(parts.test[found.labels[parts.test] == label] % 40) for label in (0, 1)]
+    assert places[0] != places[1]
+    chosen = np.zeros(80)
+    for seed in range(200):
+        chosen[split(found, seed).validation] += 1
+    rest = np.setdiff1d(np.arange(80), parts.test)
+    # each of the 64 images left is chosen in 10 of 64 cuts: 31 of 200, standard deviation 5.1
+    assert chosen[parts.test].sum() == 0
+    assert chosen[rest].sum() == 200 * 10
+    assert 10 < chosen[rest].min() and chosen[rest].max() < 55
+
+
+def test_given_parts_stay_as_they_are() -> None:
+    found = images(train=[5, 6], validation=[2, 2], test=[3, 3])
+    for seed in (0, 1):
+        parts = split(found, seed)
+        assert {found.parts[index] for index in parts.train} == {"train"}
+        assert {found.parts[index] for index in parts.validation} == {"validation"}
+        assert {found.parts[index] for index in parts.test} == {"test"}
+        assert [len(getattr(parts, part)) for part in PARTS] == [11, 4, 6]
+
+
+def test_missing_validation_is_cut_off_training() -> None:
+    found = images(train=[20, 20], test=[3, 3])
+    parts = split(found, 0)
+    assert counted(found, parts.validation) == [3, 3]
+    assert counted(found, parts.train) == [17, 17]
+    assert {found.parts[index] for index in parts.test} == {"test"}
+
+
+def test_missing_test_is_cut_off_training() -> None:
+    found = images(train=[20, 20], validation=[3, 3])
+    parts = split(found, 0)
+    assert counted(found, parts.test) == [4, 4]
+    assert counted(found, parts.train) == [16, 16]
+    assert {found.parts[index] for index in parts.validation} == {"validation"}
+
+
+@pytest.mark.parametrize(
+    ("counts", "few", "here", "needed"),
+    [
+        ({"given_in_none": [9, 2, 9]}, "class 1", 2, 3),
+        ({"given_in_none": [9, 9, 0]}, "class 2", 0, 3),
+        ({"train": [1, 9], "test": [1, 1]}, "class 0", 1, 2),
+        ({"train": [1, 9], "validation": [1, 1]}, "class 0", 1, 2),
+        ({"train": [9, 0], "validation": [1, 1], "test": [1, 1]}, "class 1", 0, 1),
+        ({"train": [9, 9], "validation": [1, 1], "test": [0, 1]}, "class 0", 0, 1),
+        ({"train": [9, 9], "validation": [1, 0], "test": [1, 1]}, "class 1", 0, 1),
+    ],
+)
+def test_too_few_images(counts: dict[str, list[int]], few: str, here: int, needed: int) -> None:
+    with pytest.raises(DataError, match=f"'{few}' has too few usable images.*: {here}, expected at least {needed}\\b"):
+        check_counts(images(**counts))
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        {"given_in_none": [3, 3]},
+        {"train": [2, 2], "test": [1, 1]},
+        {"train": [1, 1], "validation": [1, 1], "test": [1, 1]},
+    ],
+)
+def test_just_enough_images(counts: dict[str, list[int]]) -> None:
+    found = images(**counts)
+    check_counts(found)
+    parts = split(found, 0)
+    assert all(counted(found, getattr(parts, part)) == [1, 1] for part in PARTS)

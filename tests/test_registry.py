@@ -1,0 +1,93 @@
+"""The names of modules, and what is said about wrong ones."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+
+import convattn
+from convattn import nn, registry
+from convattn.errors import UnknownName
+
+
+def test_names() -> None:
+    assert {"se", "channel", "spatial", "cbam"} <= set(convattn.names("gate"))
+    assert {"avg", "max", "avgmax", "concat", "dual"} <= set(convattn.names("head"))
+    assert convattn.names() == sorted([*convattn.names("gate"), *convattn.names("head")])
+    assert len(set(convattn.names())) == len(convattn.names())
+    assert all(name.isidentifier() and name == name.lower() for name in convattn.names())
+
+
+def test_every_public_module_has_one_name() -> None:
+    modules = [registry.entry(name).module for name in convattn.names()]
+    public = [getattr(nn, name) for name in nn.__all__ if name not in ("Gate", "Head")]
+    assert sorted(module.__name__ for module in modules) == sorted(module.__name__ for module in public)
+
+
+def test_every_file_is_imported_by_the_package() -> None:
+    # a file that the package does not import cannot register anything
+    files = Path(inspect.getfile(nn)).parent.glob("*.py")
+    defined = {registry.entry(name).module.__module__ for name in convattn.names()}
+    assert {f"convattn.nn.{file.stem}" for file in files} - {"convattn.nn.__init__", "convattn.nn.base"} == defined
+
+
+@pytest.mark.parametrize("name", convattn.names())
+def test_entry(name: str) -> None:
+    entry = registry.entry(name)
+    assert entry.name == name
+    assert name in convattn.names(entry.kind)
+    module = entry.build(8, dimensions=1)
+    assert type(module) is entry.module
+    assert module.dimensions == 1
+    assert len(module.eval()(torch.randn(2, 8, 5))) == 2
+    with pytest.raises(TypeError, match="colour"):
+        entry.build(8, colour="red")
+
+
+@pytest.mark.parametrize(
+    "wrong, nearest", [("cbma", "cbam"), ("CBAM", "cbam"), ("sse", "se"), ("chanel", "channel"), ("avg_max", "avgmax")]
+)
+def test_wrong_name_suggests_the_nearest(wrong: str, nearest: str) -> None:
+    with pytest.raises(UnknownName) as caught:
+        registry.entry(wrong)
+    message = str(caught.value)
+    assert message.startswith(f"No attention or pooling head is called {wrong!r}. Did you mean {nearest!r}? Known: ")
+    assert message.endswith(f"Known: {', '.join(convattn.names())}.") or len(convattn.names()) > 20
+    assert "\n" not in message
+
+
+def test_wrong_name_without_a_near_one_lists_what_is_known() -> None:
+    with pytest.raises(UnknownName, match=r"^No attention or pooling head is called 'zzzz'\. ") as caught:
+        registry.entry("zzzz")
+    assert "Did you mean" not in str(caught.value)
+    assert "known" in str(caught.value).lower()
+
+
+def test_registering_is_all_that_a_new_module_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+
+    @registry.register("half", "gate", takes_channels=False)
+    class Half(nn.Gate):
+        """Half of everything."""
+
+        def __init__(self, *, dimensions: int = 2, start: str = "paper") -> None:
+            super().__init__(channels=None, dimensions=dimensions, start=start)
+
+        def gate(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.full_like(x[:, :1], 0.5)
+
+    # the decorator hands the class back
+    assert Half.__doc__ == "Half of everything."
+    assert "half" in convattn.names() and "half" in convattn.names("gate") and "half" not in convattn.names("head")
+    # modules without channels are built like the others
+    built = registry.entry("half").build(16, dimensions=1, start="identity")
+    assert isinstance(built, Half) and built.dimensions == 1 and built.strength is not None
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(Half()(x), x / 2)
+    assert torch.equal(Half(start="identity")(x), x)
+
+
+def test_entries_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError):
+        registry.entry("se").name = "other"  # type: ignore[misc]
