@@ -60,7 +60,7 @@ def collapsing(classes=3):
 def pixels(label: int, random: np.random.Generator, *, height: int = 16, width: int = 16) -> np.ndarray:
     """An image of one class: its own colour a little brighter, in noise that leaves some images unclear."""
     image = random.normal(110, 60, size=(height, width, 3)) + random.normal(0, 12, size=3)
-    image[..., 2 - label] += 20
+    image[..., 2 - label] += 50
     return image.clip(0, 255).astype(np.uint8)
 
 

@@ -246,9 +246,11 @@ def make(): return nn.Linear(Options().width, 1)
 
 
 def test_own_function_without_classes(tmp_path: Path) -> None:
+    name = own(tmp_path, "def make(): return nn.Linear(3, 4)")
+    assert create(name, classes=4).out_features == 4
     # it would be trained on another number of classes than was asked for
     with pytest.raises(errors.InvalidOption, match="classes"):
-        create(own(tmp_path, "def make(): return nn.Linear(3, 4)"), classes=3)
+        create(name, classes=3)
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,20 @@ def test_damaged_archives(tmp_path: Path, suffix: str, harm: str) -> None:
         listing(archive)
 
 
+def test_an_archive_with_a_password(tmp_path: Path) -> None:
+    archive = pack(write_images(tmp_path / "data", count=1), tmp_path / "packed.zip")
+    content = bytearray(archive.read_bytes())
+    # the lowest bit of the flags of every entry, in its local header and in the directory
+    for mark, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        place = content.find(mark)
+        while place >= 0:
+            content[place + offset] |= 1
+            place = content.find(mark, place + 1)
+    archive.write_bytes(content)
+    with pytest.raises(DataError, match=r"packed\.zip cannot be unpacked: .*(encrypted|password)"):
+        listing(archive)
+
+
 def test_an_archive_does_not_write_outside_its_folder(tmp_path: Path) -> None:
     (tmp_path / "in" / "deep").mkdir(parents=True)
     archive = tmp_path / "in" / "deep" / "evil.tar"

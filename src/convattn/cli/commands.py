@@ -72,7 +72,7 @@ def compare(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images in a training step.")] = 128,
     learning_rate: Annotated[
-        float | None, typer.Option(show_default="0.1, with loaded weights 0.01, for batches of 128")
+        float | None, typer.Option(show_default="0.05, with loaded weights 0.01, for batches of 128")
     ] = None,
     weight_decay: Annotated[float, typer.Option(help="For weights of two and more dimensions.")] = 5e-4,
     flip: Annotated[

@@ -91,7 +91,10 @@ class Display:
         done = sum(self.shares.values())
         count = sum(share == 1 for share in self.shares.values())
         fresh = done - self.already
-        left = (time.monotonic() - self.begun) / fresh * (self.runs - done) if fresh > 0 else 0.0
+        if fresh < 0.2:
+            # the first steps are slow, and say nothing yet
+            return f"{count} of {self.runs} runs"
+        left = (time.monotonic() - self.begun) / fresh * (self.runs - done)
         return f"{count} of {self.runs} runs, {_duration(left)} left"
 
 

@@ -79,7 +79,7 @@ def run(
         epochs: by default 30 from random weights and 10 from loaded ones.
         image_size: side in pixels; by default what the network was made for, or the images' own if that is less.
         batch_size: images in a training step.
-        learning_rate: the highest; by default 0.1, with loaded weights 0.01, for batches of 128, else in proportion.
+        learning_rate: the highest; by default 0.05, with loaded weights 0.01, for batches of 128, else in proportion.
         weight_decay: for weights of two and more dimensions.
         flip: mirror training images at random; by default yes, but not the digits.
         device: `"auto"`, `"cpu"`, `"cuda"` or `"mps"`.

@@ -19,8 +19,8 @@ from convattn.train.checkpoint import BASELINE
 
 DEFAULT_VARIANTS = ("se", "cbam", "dual", "cbam+dual")
 PLAN = "plan.json"
-# the customary recipe of He et al. (2016, section 4.2) for batches of 128: 0.1 from scratch, a tenth of it to fine-tune
-RATE, FINE_TUNING_RATE, RATE_BATCH = 0.1, 0.01, 128
+# for batches of 128; half of the customary 0.1 (He et al., 2016, section 4.2), at which heads without a norm diverged
+RATE, FINE_TUNING_RATE, RATE_BATCH = 0.05, 0.01, 128
 WEIGHT_DECAY = 5e-4
 EPOCHS, FINE_TUNING_EPOCHS = 30, 10
 # these change how many runs there are, where they run or how they are judged, not what any run is

@@ -9,11 +9,13 @@ from torch import nn
 # of all steps: the learning rate rises before it falls
 WARMUP = 0.05
 MOMENTUM = 0.9
+# heads without a norm diverge at the customary learning rate once in a while; healthy gradients are shorter
+LONGEST_GRADIENT = 5.0
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Stochastic gradient descent with Nesterov momentum, warm-up and a cosine to zero.
+    """Stochastic gradient descent with Nesterov momentum, clipped gradients, warm-up and a cosine to zero.
 
     Weight decay is for weights of two and more dimensions: not for biases, norms and `strength`.
     """

@@ -25,7 +25,7 @@ from convattn.data import Batches, Images, batches, evaluation_batches, split
 from convattn.errors import RunFailed
 from convattn.train import checkpoint
 from convattn.train.gates import departures
-from convattn.train.recipe import Recipe
+from convattn.train.recipe import LONGEST_GRADIENT, Recipe
 
 RESULT, CHECKPOINT, BEST = "result.json", "checkpoint.pt", "best.pt"
 SECONDS_BETWEEN_CHECKPOINTS = 60
@@ -127,6 +127,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         loss = F.cross_entropy(self.network(x), labels)
         loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.network.parameters(), LONGEST_GRADIENT)
         self.optimizer.step()
         self.step += 1
         self.loss_sum += loss.item()
