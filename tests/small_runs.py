@@ -11,6 +11,9 @@ from convattn.train import Recipe, RunSpec
 CLASSES = ("blue", "green", "red")
 
 NETWORK = """
+import os
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -48,6 +51,36 @@ def dropping(classes=3):
     return Network(classes, 0.5)
 
 
+class Breaking(Network):
+    def forward(self, x):
+        if self.training and hasattr(self.block.bn2, "attention") and Path(__file__).with_name("broken").exists():
+            raise RuntimeError("no memory\\nfor more than one line")
+        return super().forward(x)
+
+
+def breaking(classes=3):
+    return Breaking(classes, 0.0)
+
+
+def traced(classes=3):
+    # says which processes build it
+    Path(__file__).with_name(f"process-{os.getpid()}").touch()
+    return Network(classes, 0.0)
+
+
+def plain(classes=3):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))
+
+
+def five(classes=3):
+    return Network(5, 0.0)
+
+
+def large(classes=3):
+    too_large = nn.Conv2d(3, 3, 40)
+    return nn.Sequential(BasicBlock(3), too_large, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, classes))
+
+
 def collapsing(classes=3):
     class Collapsing(Network):
         def forward(self, x):
@@ -59,7 +92,7 @@ def collapsing(classes=3):
 
 def pixels(label: int, random: np.random.Generator, *, height: int = 16, width: int = 16) -> np.ndarray:
     """An image of one class: its own colour a little brighter, in noise that leaves some images unclear."""
-    image = random.normal(110, 60, size=(height, width, 3)) + random.normal(0, 12, size=3)
+    image = random.normal(110, 60, size=(height, width, 3)) + random.normal(0, 30, size=3)
     image[..., 2 - label] += 50
     return image.clip(0, 255).astype(np.uint8)
 
@@ -112,8 +145,9 @@ def spec(network: Path, function: str = "network", **changes: object) -> RunSpec
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """Everything below a folder: files with their bytes, folders with None."""
+    """Everything below a folder but what Python compiled: files with their bytes, folders with None."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
+        if "__pycache__" not in path.parts
     }

@@ -8,7 +8,7 @@ import torch
 
 import convattn
 from convattn import nn, registry
-from convattn.errors import UnknownName
+from convattn.errors import InvalidOption, UnknownName
 
 
 def test_names() -> None:
@@ -91,3 +91,19 @@ def test_registering_is_all_that_a_new_module_needs(monkeypatch: pytest.MonkeyPa
 def test_entries_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
         registry.entry("se").name = "other"  # type: ignore[misc]
+
+
+def test_a_name_is_taken_once() -> None:
+    with pytest.raises(InvalidOption, match="'se' is the name of SqueezeExcite already"):
+        registry.register("se", "gate")(int)
+
+
+@pytest.mark.parametrize("name", [3, None, ["se"]])
+def test_a_name_that_is_no_text(name: object) -> None:
+    with pytest.raises(UnknownName, match="is called"):
+        registry.entry(name)  # type: ignore[arg-type]
+
+
+def test_an_unknown_kind() -> None:
+    with pytest.raises(InvalidOption, match="kind must be one of"):
+        registry.names("gates")  # type: ignore[arg-type]

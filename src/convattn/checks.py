@@ -21,6 +21,12 @@ def positive(where: str, name: str, value: object) -> None:
         raise InvalidOption(f"{where}: {name} must be a whole number of at least 1, got {value!r}.")
 
 
+def between(where: str, name: str, value: object, low: float, high: float) -> None:
+    """Raise `InvalidOption` unless `value` is a number from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise InvalidOption(f"{where}: {name} must be a number from {low:g} to {high:g}, got {value!r}.")
+
+
 def choice(where: str, name: str, value: object, options: Iterable[object]) -> None:
     """Raise `InvalidOption` unless `value` is one of `options`."""
     known = list(options)
@@ -31,7 +37,9 @@ def choice(where: str, name: str, value: object, options: Iterable[object]) -> N
 
 def dimensions(where: str, value: object) -> None:
     """Raise `InvalidOption` unless `value` is 1, 2 or 3."""
-    choice(where, "dimensions", value, SPATIAL)
+    # by type as well: True and 2.0 are equal to whole numbers
+    if type(value) is not int or value not in SPATIAL:
+        raise InvalidOption(f"{where}: dimensions must be one of 1, 2, 3, got {value!r}.")
 
 
 def feature_map(where: str, x: "torch.Tensor", channels: int | None, spatial: int) -> None:
@@ -49,7 +57,7 @@ def feature_map(where: str, x: "torch.Tensor", channels: int | None, spatial: in
 def suggestion(name: str, known: Iterable[str]) -> str:
     """The ending of a message about an unknown name: the nearest known ones, and all where they are few."""
     listed = sorted(known)
-    near = difflib.get_close_matches(name.lower(), listed, n=3 if len(listed) > 20 else 1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name).lower(), listed, n=3 if len(listed) > 20 else 1, cutoff=0.5)
     hint = f"Did you mean {' or '.join(repr(one) for one in near)}?" if near else ""
     every = f"Known: {', '.join(listed)}." if len(listed) <= 20 else "" if near else f"{len(listed)} names are known."
     return f"{hint} {every}".strip()

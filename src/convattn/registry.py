@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from convattn.checks import suggestion
-from convattn.errors import UnknownName
+from convattn import checks
+from convattn.errors import InvalidOption, UnknownName
 
 Kind = Literal["gate", "head"]
 Class = TypeVar("Class", bound=type)
@@ -31,6 +31,8 @@ def register(name: str, kind: Kind, *, takes_channels: bool = True) -> Callable[
     """Class decorator that enters a module under `name`."""
 
     def enter(cls: Class) -> Class:
+        if name in _entries and _entries[name].module is not cls:
+            raise InvalidOption(f"register: {name!r} is the name of {_entries[name].module.__name__} already.")
         build = cls if takes_channels else lambda channels, **options: cls(**options)
         _entries[name] = Entry(name, kind, cls, build)
         return cls
@@ -41,6 +43,7 @@ def register(name: str, kind: Kind, *, takes_channels: bool = True) -> Callable[
 def names(kind: Kind | None = None) -> list[str]:
     """The registered names, sorted; only the gates or only the heads if `kind` is given."""
     _load()
+    checks.choice("names", "kind", kind, (None, "gate", "head"))
     return sorted(entry.name for entry in _entries.values() if kind in (None, entry.kind))
 
 
@@ -51,8 +54,8 @@ def entry(name: str) -> Entry:
         UnknownName: no such name; the message suggests the nearest.
     """
     _load()
-    if name not in _entries:
-        raise UnknownName(f"No attention or pooling head is called {name!r}. {suggestion(name, _entries)}")
+    if not isinstance(name, str) or name not in _entries:
+        raise UnknownName(f"No attention or pooling head is called {name!r}. {checks.suggestion(name, _entries)}")
     return _entries[name]
 
 

@@ -77,8 +77,8 @@ def test_cannot_tell_and_what_would_settle_it() -> None:
 def test_cannot_tell_and_more_seeds_would_not_help() -> None:
     said = sentence("dual", found(-1.0, 1.6, images_error=0.6), 5, 0.5, COST)
     assert said == (
-        f"Dual pooling: cannot tell. The gain is +0.3 points (95 % interval −1.0 to +1.6){COST}. More seeds alone would "
-        f"not settle it soon: more test images would."
+        f"Dual pooling: cannot tell. The gain is +0.3 points (95 % interval −1.0 to +1.6){COST}. "
+        f"More seeds alone would not settle it soon: more test images would."
     )
 
 
@@ -102,7 +102,13 @@ def test_the_word_is_in_the_sentence() -> None:
             said = sentence("se", gain, 5, 0.5, COST)
             negated = "not worth it" in said
             assert word(gain, 0.5) == (
-                CANNOT_TELL if "cannot tell" in said else NOT_WORTH if negated else WORTH if "is worth it" in said else ""
+                CANNOT_TELL
+                if "cannot tell" in said
+                else NOT_WORTH
+                if negated
+                else WORTH
+                if "is worth it" in said
+                else ""
             )
 
 

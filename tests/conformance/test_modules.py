@@ -100,8 +100,9 @@ def a_map(batch: int = 2, dimensions: int = 2, dtype: torch.dtype = torch.float3
 
 def call(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     # the same dropout in every call; `torch.manual_seed` seeds every device and takes longer than most modules
-    torch.default_generator.manual_seed(1)
-    return module(x)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(1)
+        return module(x)
 
 
 def output_shape(module: nn.Module, x: torch.Tensor) -> tuple[int, ...]:
@@ -123,8 +124,9 @@ def gradients(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
 
 NAMES = names()
 CASES = [case for name in NAMES for case in cases_of(name)]
-# options that change sizes only leave the graph as it is
-GRAPHS = [case for case in CASES if not {"features", "hidden", "kernel_size", "reduction"} & set(case.options)]
+# options that change sizes or the layer in one place, and leave the flow of the computation as it is
+PLAIN = {"activation", "bias", "features", "hidden", "kernel_size", "reduction"}
+GRAPHS = [case for case in CASES if not PLAIN & set(case.options)]
 GATES = [case for case in CASES if entry(case.name).kind == "gate"]
 PAPER_GATES = [case for case in GATES if "start" not in case.options]
 

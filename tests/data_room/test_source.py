@@ -179,7 +179,7 @@ def test_a_text_file_in_an_archive_leaves_nothing_but_the_message(tmp_path: Path
 def test_classes_that_differ_between_parts(tmp_path: Path, part: str) -> None:
     data = write_parts(tmp_path / "data", train=2, test=2)
     (data / part / "yellow").mkdir()
-    with pytest.raises(DataError, match="test and .*train differ in the class folders yellow"):
+    with pytest.raises(DataError, match=r"test and .*train differ in the class folders yellow"):
         listing(data)
 
 
@@ -222,7 +222,7 @@ def test_too_few_classes(tmp_path: Path) -> None:
 
 
 def test_no_such_data(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="No data at .*nowhere: give a folder of class folders, an archive of one, or"):
+    with pytest.raises(DataError, match=r"No data at .*nowhere: give a folder of class folders, an archive of one, or"):
         open_source(tmp_path / "nowhere")
 
 

@@ -114,7 +114,7 @@ def assert_every_weight_matters(module: nn.Module, x: torch.Tensor, expected: np
     "pools", [("mean", "max"), ("max", "mean"), ("mean",), ("l2",), ("logsumexp",), ("mean", "max", "l2", "logsumexp")]
 )
 def test_channel_attention(size: tuple[int, ...], bias: bool, pools: tuple[str, ...]) -> None:
-    module = ChannelAttention(12, hidden=6, bias=bias, pools=pools, dimensions=len(size)).double()
+    module = ChannelAttention(12, hidden=10, bias=bias, pools=pools, dimensions=len(size)).double()
     randomize(module)
     x = a_map(3, 12, *size)
     gate = channel_gate(x.numpy(), numpy_state(module), pools)
@@ -216,9 +216,10 @@ def test_spatial_parameters(dimensions: int, kernel_size: int, norm: str | None)
         ({"kernel_size": (7, 7)}, "kernel_size must be a whole number of at least 1, got (7, 7)."),
         ({"norm": "layer"}, "norm must be one of 'batch', None, got 'layer'."),
         ({"norm": True}, "norm must be one of 'batch', None, got True."),
-        ({"norm_momentum": 0}, "norm_momentum must be above 0 and at most 1, got 0."),
-        ({"norm_momentum": 1.5}, "norm_momentum must be above 0 and at most 1, got 1.5."),
-        ({"norm_momentum": math.nan}, "norm_momentum must be above 0 and at most 1, got nan."),
+        ({"norm_momentum": -0.1}, "norm_momentum must be a number from 0 to 1, got -0.1."),
+        ({"norm_momentum": None}, "norm_momentum must be a number from 0 to 1, got None."),
+        ({"norm_momentum": 1.5}, "norm_momentum must be a number from 0 to 1, got 1.5."),
+        ({"norm_momentum": math.nan}, "norm_momentum must be a number from 0 to 1, got nan."),
     ],
     ids=str,
 )
@@ -276,7 +277,7 @@ def both(x: np.ndarray, state: State, order: str, training: bool, pools: tuple[s
     ids=["authors", "paper", "pools"],
 )
 def test_cbam(size: tuple[int, ...], order: str, training: bool, options: dict[str, Any]) -> None:
-    module = CBAM(8, hidden=4, order=order, dimensions=len(size), **options).double()
+    module = CBAM(8, hidden=8, order=order, dimensions=len(size), **options).double()
     randomize(module.train(training))
     x = a_map(3, 8, *size)
     expected = both(x.numpy(), numpy_state(module), order, training, options.get("pools", ("mean", "max")))
@@ -291,7 +292,9 @@ def test_cbam(size: tuple[int, ...], order: str, training: bool, options: dict[s
 
 
 def test_orders_differ() -> None:
-    modules = [CBAM(8, order=order).double().eval() for order in ("channel-spatial", "spatial-channel", "parallel")]
+    modules = [
+        CBAM(8, hidden=8, order=order).double().eval() for order in ("channel-spatial", "spatial-channel", "parallel")
+    ]
     randomize(modules[0])
     x = a_map(3, 8, 5, 4)
     for module in modules:
@@ -303,7 +306,7 @@ def test_orders_differ() -> None:
 @pytest.mark.parametrize("order", ["channel-spatial", "spatial-channel", "parallel"])
 @pytest.mark.parametrize("strength", [-0.5, 0.3])
 def test_partial_strength(order: str, strength: float) -> None:
-    module = CBAM(8, hidden=4, order=order, start="identity").double().eval()
+    module = CBAM(8, hidden=8, order=order, start="identity").double().eval()
     randomize(module)
     nn.init.constant_(module.strength, strength)
     state = numpy_state(module)
@@ -351,3 +354,18 @@ def test_wrong_order() -> None:
     message = "CBAM: order must be one of 'channel-spatial', 'spatial-channel', 'parallel', got 'channel'."
     with pytest.raises(InvalidOption, match=f"^{re.escape(message)}$"):
         CBAM(64, order="channel")
+
+
+def test_identity_start_where_pooling_overflows() -> None:
+    # the sum of squares exceeds the largest half-precision number, and the logits become infinity minus infinity
+    x = (torch.randn(2, 64, 56, 56) * 3000).half()
+    module = ChannelAttention(64, pools=("l2",), start="identity").half()
+    assert module.gate(x).isnan().any()
+    assert torch.equal(module(x), x)
+
+
+def test_frozen_norm_takes_a_single_position() -> None:
+    module = SpatialAttention().train()
+    assert module.norm is not None
+    module.norm.eval()
+    assert module(torch.randn(1, 8, 1, 1)).shape == (1, 8, 1, 1)

@@ -108,9 +108,10 @@ def test_parameters(channels: int, features: int | None, classes: int | None) ->
         ({"features": 0}, "features must be a whole number of at least 1, got 0."),
         ({"classes": 0}, "classes must be a whole number of at least 1, got 0."),
         ({"classes": 2.0}, "classes must be a whole number of at least 1, got 2.0."),
-        ({"dropout": 1}, "dropout must be at least 0 and below 1, got 1."),
-        ({"dropout": -0.1}, "dropout must be at least 0 and below 1, got -0.1."),
-        ({"dropout": math.nan}, "dropout must be at least 0 and below 1, got nan."),
+        ({"dropout": 1.1}, "dropout must be a number from 0 to 1, got 1.1."),
+        ({"dropout": "0.5"}, "dropout must be a number from 0 to 1, got '0.5'."),
+        ({"dropout": -0.1}, "dropout must be a number from 0 to 1, got -0.1."),
+        ({"dropout": math.nan}, "dropout must be a number from 0 to 1, got nan."),
     ],
     ids=str,
 )

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from convattn import ops
+from convattn.errors import InvalidOption
 from tolerances import assert_close
 
 POOLS = {
@@ -81,3 +82,16 @@ def test_equal_maxima_share_the_gradient() -> None:
     ops.squeeze(x, "max").sum().backward()
     assert x.grad is not None
     assert_close(x.grad, np.array([[[0, 1 / 3, 1 / 3, 1 / 3]]]))
+
+
+def test_unknown_pool() -> None:
+    with pytest.raises(InvalidOption, match="pool must be one of mean, max, l2, logsumexp, got avg"):
+        ops.squeeze(a_map(1, 2, 3), "avg")
+
+
+def test_blend_where_pooling_overflowed() -> None:
+    gate = torch.tensor([0.25, torch.nan])
+    assert torch.equal(ops.blend(gate, torch.zeros(1)), torch.ones(2))
+    assert torch.equal(ops.blend(gate, torch.ones(1)), torch.tensor([0.25, 1.0]))
+    # without strength nothing is hidden
+    assert ops.blend(gate, None).isnan().tolist() == [False, True]

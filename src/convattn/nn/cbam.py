@@ -69,7 +69,7 @@ class ChannelAttention(Gate):
     ) -> None:
         super().__init__(channels=channels, dimensions=dimensions, start=start)
         checks.choice("ChannelAttention", "activation", activation, ACTIVATIONS)
-        if isinstance(pools, str) or not pools or len(set(pools)) < len(pools):
+        if not isinstance(pools, list | tuple) or not pools or any(pools.count(pool) > 1 for pool in pools):
             raise InvalidOption(
                 f"ChannelAttention: pools must be a sequence of different names out of {', '.join(ops.POOLS)}, "
                 f"got {pools!r}."
@@ -147,8 +147,7 @@ class SpatialAttention(Gate):
         checks.choice("SpatialAttention", "norm", norm, ("batch", None))
         if kernel_size % 2 == 0:
             raise InvalidOption(f"SpatialAttention: kernel_size must be odd, got {kernel_size}.")
-        if not 0 < norm_momentum <= 1:
-            raise InvalidOption(f"SpatialAttention: norm_momentum must be above 0 and at most 1, got {norm_momentum}.")
+        checks.between("SpatialAttention", "norm_momentum", norm_momentum, 0, 1)
         self.conv = CONVOLUTIONS[dimensions](2, 1, kernel_size, padding=kernel_size // 2, bias=False)
         self.norm = NORMS[dimensions](1, momentum=norm_momentum) if norm else None
 
@@ -158,7 +157,7 @@ class SpatialAttention(Gate):
         summary = ops.spatial_summary(x)  # [B, 2, *spatial]
         if self.norm is None:
             return torch.sigmoid(self.conv(summary))
-        if self.training and summary.numel() == 2 and not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if self.norm.training and summary.numel() == 2 and not torch.jit.is_scripting():  # type: ignore[attr-defined]
             raise ShapeMismatch(
                 f"SpatialAttention: batch norm needs more than one position to train on, got a map of shape "
                 f"{tuple(x.shape)}; use a larger batch or map, norm=None, or eval()."
@@ -202,7 +201,8 @@ class CBAM(Gate):
 
     Raises:
         InvalidOption: an option out of its range.
-        ShapeMismatch: from `forward` and `gate`, a map of another shape.
+        ShapeMismatch: from `forward` and `gate`, a map of another shape, or in training with batch norm a batch of
+            a single position, which has no variance.
 
     Example:
         >>> import torch

@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 from convattn import checks, ops
-from convattn.errors import InvalidOption
 from convattn.nn.base import Head
 from convattn.registry import register
 
@@ -35,7 +34,7 @@ class DualPool(Head):
         channels: channels of the map.
         features: width of y, by default `channels`.
         classes: number of classes; None for a head without classifier.
-        dropout: probability of dropping an element of y before the classifier, from 0 to below 1.
+        dropout: probability of dropping an element of y before the classifier, from 0 to 1.
         dimensions: spatial dimensions of the map, 1 to 3.
 
     Raises:
@@ -62,8 +61,7 @@ class DualPool(Head):
         checks.positive("DualPool", "features", width)
         if classes is not None:
             checks.positive("DualPool", "classes", classes)
-        if not 0 <= dropout < 1:
-            raise InvalidOption(f"DualPool: dropout must be at least 0 and below 1, got {dropout!r}.")
+        checks.between("DualPool", "dropout", dropout, 0, 1)
         super().__init__(channels=channels, dimensions=dimensions, features=classes or width)
         self.reduce = nn.Linear(2 * channels, width)
         self.dropout = nn.Dropout(dropout)

@@ -6,6 +6,8 @@ pooling gave under mixed precision with channels_last. `amax` shares the gradien
 
 import torch
 
+from convattn.errors import InvalidOption
+
 POOLS = ("mean", "max", "l2", "logsumexp")
 
 
@@ -22,7 +24,9 @@ def squeeze(x: torch.Tensor, pool: str) -> torch.Tensor:
         return x.amax(dim=dims)
     if pool == "l2":
         return torch.linalg.vector_norm(x, dim=dims)  # type: ignore[no-any-return]
-    return torch.logsumexp(x, dim=dims)
+    if pool == "logsumexp":
+        return torch.logsumexp(x, dim=dims)
+    raise InvalidOption(f"squeeze: pool must be one of mean, max, l2, logsumexp, got {pool}.")
 
 
 def mean_max(x: torch.Tensor) -> torch.Tensor:
@@ -43,8 +47,12 @@ def broadcast(gate: torch.Tensor, spatial: int) -> torch.Tensor:
 
 
 def blend(gate: torch.Tensor, strength: torch.Tensor | None) -> torch.Tensor:
-    """The gate between none and all of itself: 1 + strength * (gate - 1); the gate where there is no strength."""
-    return gate if strength is None else 1 + strength * (gate - 1)
+    """The gate between none and all of itself: 1 + strength * (gate - 1); the gate where there is no strength.
+
+    Where the pooling of finite values overflowed and the gate is no number, it counts as 1, so that strength 0 changes
+    nothing there either.
+    """
+    return gate if strength is None else 1 + strength * torch.nan_to_num(gate - 1)
 
 
 def apply_gate(x: torch.Tensor, gate: torch.Tensor, strength: torch.Tensor | None = None) -> torch.Tensor:
