@@ -57,6 +57,8 @@ def feature_map(where: str, x: "torch.Tensor", channels: int | None, spatial: in
 def suggestion(name: str, known: Iterable[str]) -> str:
     """The ending of a message about an unknown name: the nearest known ones, and all where they are few."""
     listed = sorted(known)
+    if not listed:
+        return "There are none."
     near = difflib.get_close_matches(str(name).lower(), listed, n=3 if len(listed) > 20 else 1, cutoff=0.5)
     hint = f"Did you mean {' or '.join(repr(one) for one in near)}?" if near else ""
     every = f"Known: {', '.join(listed)}." if len(listed) <= 20 else "" if near else f"{len(listed)} names are known."

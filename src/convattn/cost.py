@@ -74,11 +74,16 @@ def saved_bytes(module: nn.Module, example: torch.Tensor) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with torch.enable_grad(), torch.random.fork_rng(), hooks:
         # the output keeps its graph, and with it every counted storage, alive until the sum is taken
         output = module(example)
         total = sum(kept.values())
     del output
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
     return total
 
 

@@ -78,16 +78,20 @@ def module_from(state_dict: Mapping[str, Any], *, layout: str | None = None, **o
         raise UnknownName(f"module_from: no layout is called {layout!r}. {checks.suggestion(layout, LAYOUTS)}")
     forms, state = _fitting(_tensors(state_dict))
     form = _named(forms, layout) if layout else _decided(forms, overrides)
-    if "activation" in overrides:
+    for key in {"activation", "gate_activation"} & set(overrides):
         # torch.nn.SiLU and torch.nn.functional.silu are as good as "silu"
-        overrides["activation"] = getattr(overrides["activation"], "__name__", str(overrides["activation"])).lower()
+        overrides[key] = getattr(overrides[key], "__name__", str(overrides[key])).lower()
     return form.build({_our_key(form, key): value for key, value in state.items()}, overrides)
 
 
 def _tensors(state_dict: Mapping[str, Any]) -> State:
-    if isinstance(state_dict.get("state_dict"), Mapping):
+    if isinstance(state_dict, Mapping) and isinstance(state_dict.get("state_dict"), Mapping):
         state_dict = state_dict["state_dict"]
-    if not state_dict or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
+    if (
+        not isinstance(state_dict, Mapping)
+        or not state_dict
+        or not all(isinstance(value, torch.Tensor) for value in state_dict.values())
+    ):
         raise LayoutError("module_from: expected tensors by name, as from module.state_dict().")
     return {key: value.detach().clone() for key, value in state_dict.items()}
 

@@ -83,10 +83,13 @@ def plan(model: nn.Module, attention: str, *, start: str = "identity", **options
         9
     """
     checks.choice("plan", "start", start, STARTS)
-    entries = [entry(name) for name in attention.split("+")]
+    entries = [entry(name) for name in (attention.split("+") if isinstance(attention, str) else [attention])]
     kinds = [one.kind for one in entries]
     if len(set(kinds)) < len(kinds):
-        raise AttachError(f"{attention!r} names two modules for the same sites; one gate and one head can be joined.")
+        raise AttachError(
+            f"{attention!r} names two modules for the same sites; one gate and one head can be joined. "
+            f"The model was not changed."
+        )
     chosen: list[Site] = []
     shares = _shares(entries, options)
     for one in entries:
@@ -123,6 +126,7 @@ def attach(model: nn.Module, attention: str | Plan, *, start: str | None = None,
         if start is not None or options:
             raise InvalidOption("attach: a plan has its start and options already; give them to `plan`.")
         chosen = attention
+        _check_places(model, chosen)
     else:
         chosen = plan(model, attention, start=start or "identity", **options)
     wrappers = [(_layer(model, site), _build(model, site, chosen.start)) for site in chosen]
@@ -189,6 +193,17 @@ def _module(one: Entry, channels: int, dimensions: int, start: str, options: dic
     if one.kind == "head":
         return BlendedHead(one.build(channels, dimensions=dimensions, **options), start=start)
     return one.build(channels, dimensions=dimensions, start=start, **options)  # type: ignore[no-any-return]
+
+
+def _check_places(model: nn.Module, chosen: Plan) -> None:
+    kinds = {site.place for site in chosen}
+    there = (find.residual(model) if "residual" in kinds else []) + (find.pool(model) if "pool" in kinds else [])
+    for site in chosen:
+        if find.Place(site.name, site.place, site.channels, site.dimensions) not in there:
+            raise AttachError(
+                f"The plan is of another network: this one has no place {site.name!r} with {site.channels} channels. "
+                f"The model was not changed."
+            )
 
 
 def _layer(model: nn.Module, site: Site) -> nn.Module:

@@ -33,6 +33,9 @@ def residual(model: nn.Module) -> list[Place]:
     for name, module in model.named_modules():
         if type(module).__name__ in BLOCKS and hasattr(module, "conv2"):
             found.append(_end_of_branch(f"{name}." if name else "", module))
+    # a layer that ends several blocks is one site
+    layers = [model.get_submodule(place.name) for place in found]
+    found = [place for i, place in enumerate(found) if layers[i] not in layers[:i]]
     if not found:
         raise AttachError(
             f"{type(model).__name__} has no residual block (BasicBlock or Bottleneck with conv1, bn1, conv2, bn2), "
@@ -83,5 +86,5 @@ def _pools_globally(module: nn.Module) -> bool:
         return all(size == 1 for size in sizes)
     # timm's global pooling layer, unless it has been switched off
     if type(layer).__name__ == "SelectAdaptivePool2d":
-        return getattr(layer, "pool_type", "") not in ("", None)
+        return getattr(layer, "pool_type", "") not in ("", None) and layer.feat_mult() == 1  # type: ignore[operator]
     return isinstance(layer, Head)

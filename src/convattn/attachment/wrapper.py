@@ -19,6 +19,9 @@ ATTENTION = "attention"
 class Attached(nn.Module):
     """A layer with attention on its output."""
 
+    # a scripted wrapper has its layer as an attribute
+    __jit_unused_properties__ = ("inner",)
+
     def __init__(self, inner: nn.Module, attention: nn.Module) -> None:
         super().__init__()
         self.add_module(INNER, inner)
@@ -33,7 +36,7 @@ class Attached(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output, gated."""
-        return self.attention(getattr(self, INNER)(x))  # type: ignore[no-any-return]
+        return self.attention(self.convattn_inner(x))  # type: ignore[no-any-return]
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Register a child; converting passes put another inner layer in place this way."""
@@ -87,6 +90,14 @@ class Attached(nn.Module):
                 child._apply(fn)  # type: ignore[no-untyped-call]
         return self
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # what is the layer's is set there, as it is read there
+        inner = self.__dict__.get("_modules", {}).get(INNER)
+        if inner is not None and name not in self.__dict__ and name not in self._modules and hasattr(inner, name):
+            setattr(inner, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -102,7 +113,7 @@ class AttachedHead(Attached):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The pooled map, blended with the head's vector, in the shape that the layer gives."""
-        return self.attention(x, getattr(self, INNER)(x))  # type: ignore[no-any-return]
+        return self.attention(x, self.convattn_inner(x))  # type: ignore[no-any-return]
 
 
 class BlendedHead(nn.Module):
@@ -121,9 +132,10 @@ class BlendedHead(nn.Module):
     def forward(self, x: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
         """A map and its pooled version to the blended one, of the latter's shape and dtype."""
         vector: torch.Tensor = self.head(x).reshape(pooled.shape).to(pooled.dtype)
-        if self.strength is None:
+        strength = self.strength
+        if strength is None:
             return vector
-        return pooled + (self.strength * (vector - pooled)).to(pooled.dtype)
+        return pooled + (strength * (vector - pooled)).to(pooled.dtype)
 
 
 def _name_plainly(module: nn.Module, incompatible: Any) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,12 @@ def _timm(name: str, classes: int | None, pretrained: bool, *, bare_name: bool) 
     if not timm.is_model(name):
         known = [*NETWORKS, *timm.list_models()] if bare_name else timm.list_models()
         raise UnknownName(f"No network is called {name!r}. {checks.suggestion(name, known)}")
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise UnknownName(
+            f"No weights of timm are called {name!r}. {checks.suggestion(name, timm.list_pretrained())}"
+        ) from error
     options = {} if classes is None else {"num_classes": classes}
     network = _fetched(name, pretrained, lambda: timm.create_model(name, pretrained=pretrained, **options))
     config: Any = network.pretrained_cfg
@@ -101,7 +108,10 @@ def _torchvision(name: str, classes: int | None, pretrained: bool) -> nn.Module:
         raise UnknownName(f"torchvision has no network {name!r}. {checks.suggestion(name, models.list_models())}")
     preset = models.get_model_weights(name).DEFAULT.transforms()
     chosen = "DEFAULT" if pretrained else None
-    network = _fetched(name, pretrained, lambda: models.get_model(name, weights=chosen))
+    # a network around a backbone would fetch the backbone's weights
+    takes = inspect.signature(models.get_model_builder(name)).parameters
+    backbone = {"weights_backbone": None} if "weights_backbone" in takes else {}
+    network = _fetched(name, pretrained, lambda: models.get_model(name, weights=chosen, **backbone))
     if classes is not None:
         _reset_classifier(network, name, classes)
     size = getattr(preset, "crop_size", [None])[0]
@@ -137,9 +147,18 @@ def _own(name: str, classes: int | None, pretrained: bool) -> nn.Module:
         if "pretrained" not in accepted:
             raise WeightsError(f"{name} takes no argument `pretrained`: give a file of weights instead.")
         options["pretrained"] = True
-    network = build(**options)
+    try:
+        network = build(**options)
+    except Exception as error:
+        raise InvalidOption(f"{name} raised {type(error).__name__}: {error}") from error
     if not isinstance(network, nn.Module):
         raise UnknownName(f"{name} returned {type(network).__name__}, expected a torch.nn.Module.")
+    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    if classes is not None and not options and linear and linear[-1].out_features != classes:
+        raise InvalidOption(
+            f"{name} takes no argument `classes` and returned a network of {linear[-1].out_features} classes, "
+            f"not {classes}."
+        )
     return _described(
         network,
         mean=getattr(network, "input_mean", IMAGENET_MEAN),
@@ -149,10 +168,12 @@ def _own(name: str, classes: int | None, pretrained: bool) -> nn.Module:
 
 
 def _function(path: Path, function: str) -> Callable[..., Any]:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"convattn_own_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UnknownName(f"{path} is not a Python file.")
     module = importlib.util.module_from_spec(spec)
+    # dataclasses and pickles look their module up
+    sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:

@@ -31,14 +31,16 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
+        # a layer and no function, so that the network can be cut into a chain of layers
+        self.relu = nn.ReLU()
         self.shortcut: nn.Module = nn.Sequential()
         if stride != 1 or channels_in != channels:
             self.shortcut = _shortcut(channels_in, channels, stride, shortcut)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """A map (B, channels_in, H, W) to (B, channels, H / stride, W / stride)."""
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+        y = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(y)) + self.shortcut(x))  # type: ignore[no-any-return]
 
 
 class PadShortcut(nn.Module):
@@ -70,6 +72,7 @@ class CifarResNet(nn.Module):
         checks.choice("CifarResNet", "shortcut", shortcut, ("A", "B"))
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU()
         self.layer1 = _stage(16, 16, blocks, 1, shortcut)
         self.layer2 = _stage(16, 32, blocks, 2, shortcut)
         self.layer3 = _stage(32, 64, blocks, 2, shortcut)
@@ -81,7 +84,7 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) to logits (B, classes)."""
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(self.avgpool(x))  # type: ignore[no-any-return]
 

@@ -77,8 +77,8 @@ def _watch(model: nn.Module, x: torch.Tensor) -> list[Call]:
     open_calls: list[Call | None] = []
 
     def before(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            single = len(args) == 1 and isinstance(args[0], torch.Tensor)
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            single = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor)
             open_calls.append(Call(name, module, args[0], args[0]._version) if single else None)
 
         return hook
@@ -93,7 +93,8 @@ def _watch(model: nn.Module, x: torch.Tensor) -> list[Call]:
     handles = []
     for name, module in model.named_modules():
         if name:
-            handles += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after)]
+            handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(after))
     try:
         with torch.no_grad():
             model.eval()(x)

@@ -39,8 +39,10 @@ def read(path: Path | str) -> dict[str, torch.Tensor]:
         raise WeightsError(
             f"{path} is no checkpoint of tensors only, and nothing else is unpickled: save the network's state_dict()."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise WeightsError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        # whatever bytes that are no pickle happen to mean
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(f"{path} cannot be read as a checkpoint: {reason}.") from error
     return unwrap(content, path)
 
 

@@ -54,6 +54,9 @@ class Gate(nn.Module):
     def check(self, x: torch.Tensor) -> None:
         """Raise `ShapeMismatch` unless `x` is a map that this module takes."""
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if isinstance(x, torch.fx.Proxy):
+                # a symbolic trace knows no shapes
+                return
             checks.feature_map(type(self).__name__, x, self.channels, self.dimensions)
 
 
@@ -72,6 +75,9 @@ class Head(nn.Module):
     def check(self, x: torch.Tensor) -> None:
         """Raise `ShapeMismatch` unless `x` is a map that this head takes."""
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if isinstance(x, torch.fx.Proxy):
+                # a symbolic trace knows no shapes
+                return
             checks.feature_map(type(self).__name__, x, self.channels, self.dimensions)
 
 
