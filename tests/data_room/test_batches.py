@@ -113,6 +113,14 @@ def test_images_that_fill_no_batch_are_left_out_of_the_epoch_and_not_of_all() ->
     assert set().union(*epochs) == set(served.indices)
 
 
+def test_every_batch_is_augmented_in_its_own_way() -> None:
+    places = located(plan(count=120, batch=20), 0, padding=2)
+    crops = [[place[1:3] for place in places[start : start + 20]] for start in (0, 20, 40)]
+    mirrored = [[place[3] for place in places[start : start + 20]] for start in (0, 20, 40)]
+    assert crops[0] != crops[1] != crops[2] != crops[0]
+    assert mirrored[0] != mirrored[1] != mirrored[2] != mirrored[0]
+
+
 def test_batches_are_functions_of_seed_and_epoch() -> None:
     served = plan(batch=5)
     first = torch.cat([x for x, _ in batches(served, 3)])

@@ -20,17 +20,19 @@ def main(arguments: list[str] | None = None) -> None:
         checks.extra("typer", "The command line")
         from convattn.cli.commands import app
 
-        code = app(args=arguments, standalone_mode=False)
+        given = sys.argv[1:] if arguments is None else arguments
+        code = app(args=given or ["--help"], standalone_mode=False)
     except ConvattnError as error:
         _fail(str(error), 1 if isinstance(error, RunFailed) else 2)
-    except KeyboardInterrupt:
-        _fail("interrupted; what is done is kept, and the same command goes on from there.", INTERRUPTED)
     except Exception as error:
         # the parser's own errors have a message for the user; anything else is a defect and shows its trace
         said = getattr(error, "format_message", None)
         if said is None:
             raise
         _fail(f"{said().rstrip('.')}. See convattn --help.", 2)
+    # the parser turns an interrupt into this code
+    if code == INTERRUPTED:
+        _fail("interrupted; what is done is kept, and the same command goes on from there.", INTERRUPTED)
     raise SystemExit(code or 0)
 
 

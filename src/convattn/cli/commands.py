@@ -10,7 +10,6 @@ import convattn
 
 app = typer.Typer(
     name="convattn",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

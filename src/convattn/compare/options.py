@@ -72,9 +72,9 @@ class Options:
         words += [f"--weights {_quoted(self.weights)}"] if self.weights else []
         words += [f"--variants {','.join(self.variants)}", f"--start {self.start}", f"--seeds {self.seeds}"]
         words += [f"--epochs {self.epochs}", f"--image-size {self.image_size}" if self.image_size else ""]
-        words += [f"--batch-size {self.batch_size}", f"--learning-rate {self.learning_rate:g}"]
-        words += [f"--weight-decay {self.weight_decay:g}", "--flip" if self.flip else "--no-flip"]
-        words += [f"--smallest-gain {self.smallest_gain:g}"]
+        words += [f"--batch-size {self.batch_size}", f"--learning-rate {self.learning_rate!r}"]
+        words += [f"--weight-decay {self.weight_decay!r}", "--flip" if self.flip else "--no-flip"]
+        words += [f"--smallest-gain {self.smallest_gain!r}"]
         return " ".join(word for word in words if word)
 
 

@@ -111,10 +111,11 @@ class Run:
             self.network.train()
             for x, labels in batches(self.batches, epoch, first=first):
                 self._learn(x.to(self.device), labels.to(self.device), recipe.epochs * per_epoch)
-                if time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
-                    self.save()
-                    saved = time.monotonic()
+                # after the last step of an epoch, the epoch has to be evaluated before anything is saved or told
                 if self.step % per_epoch:
+                    if time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+                        self.save()
+                        saved = time.monotonic()
                     self._tell(watch, started, begun)
             self._end_epoch(epoch)
             self._tell(watch, started, begun)
