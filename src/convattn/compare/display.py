@@ -21,7 +21,7 @@ class Display:
         self.live = not quiet and self.stream.isatty()
         self.runs = self.already = 0
         self.shares: dict[str, float] = {}
-        self.last_line = 0.0
+        self.last_lines: dict[str, float] = {}
         self.begun = time.monotonic()
         self.bars: Any = None
         self.rows: dict[str, Any] = {}
@@ -74,8 +74,8 @@ class Display:
             return
         if self.bars is not None:
             self._move(progress)
-        elif progress.done == 1 or time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
-            self.last_line = time.monotonic()
+        elif progress.done == 1 or time.monotonic() - self.last_lines.get(progress.run, 0) > SECONDS_BETWEEN_LINES:
+            self.last_lines[progress.run] = time.monotonic()
             self.say(f"{progress.run:<24} {_about(progress)}   [{self._whole()}]")
 
     def _move(self, progress: Progress) -> None:

@@ -11,22 +11,20 @@ report.html   the report
 
 import contextlib
 import json
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from convattn import reporting
+from convattn.compare import folder as folders
 from convattn.compare import stats, timing
 from convattn.compare.display import Display
 from convattn.compare.options import (
     DEFAULT_VARIANTS,
-    PLAN,
     WEIGHT_DECAY,
     Options,
-    check_folder,
     check_networks,
     fingerprint_of,
     parse,
@@ -128,28 +126,33 @@ def run(
 
 
 def _prepared(options: Options, source: Source, folder: Path, display: Display) -> Images:
-    """The images of a comparison, in its folder; the folder appears only when everything in the request is right."""
-    fingerprints = {"images": source.fingerprint(), "weights": fingerprint_of(options.weights)}
-    known = check_folder(folder, options, fingerprints)
+    """The images of a comparison, in its folder; the folder is there only if everything in the request is right."""
+    fingerprints = {
+        "images": source.fingerprint(),
+        "weights": fingerprint_of(options.weights),
+        "network": fingerprint_of(options.backbone.rpartition(":")[0]),
+    }
+    known = folders.check(folder, options, fingerprints)
     if known and ((folder / ARRAY).exists() or _is_complete(options, folder)):
         return Images.load(folder)
-    with _partial(folder) as partial:
-        listing = source.listing(partial / "unpacked")
-        network = check_networks(options, len(listing.classes))
-        display.say(f"Decoding {len(listing.found):,} images ...")
-        wanted = getattr(network, "input_size", None)
-        images = decode(listing, partial, image_size=options.image_size, wanted_size=wanted)
-        shutil.rmtree(partial / "unpacked", ignore_errors=True)
-        check_counts(images)
-        _check_forward(network, images, options)
-        write(partial / PLAN, json.dumps({"options": options.hashed(), "fingerprints": fingerprints}, indent=1))
-        left_out = images.left_out
-        # some systems do not move a file that is mapped
-        del images
-        _appear(partial, folder, known)
-    for one in left_out:
+    with contextlib.nullcontext() if known else folders.preparing(folder, options, fingerprints):
+        images = _decoded(options, source, folder, display)
+    for one in images.left_out:
         display.warn(f"left out {one.path}: {one.reason}")
-    return Images.load(folder)
+    return images
+
+
+def _decoded(options: Options, source: Source, folder: Path, display: Display) -> Images:
+    folders.clear(folder)
+    listing = source.listing(folder / folders.UNPACKED)
+    network = check_networks(options, len(listing.classes))
+    display.say(f"Decoding {len(listing.found):,} images ...")
+    wanted = getattr(network, "input_size", None)
+    images = decode(listing, folder, image_size=options.image_size, wanted_size=wanted)
+    folders.clear(folder)
+    check_counts(images)
+    _check_forward(network, images, options)
+    return images
 
 
 def _is_complete(options: Options, folder: Path) -> bool:
@@ -157,32 +160,6 @@ def _is_complete(options: Options, folder: Path) -> bool:
     runs = [folder / RUNS / f"{name}-seed{seed}" for name in _names(options) for seed in range(options.seeds)]
     files = [folder / START, folder / timing.COST]
     return all(finished(run) is not None for run in runs) and all(file.exists() for file in files)
-
-
-def _appear(partial: Path, folder: Path, known: bool) -> None:
-    """Make what was prepared the comparison's folder: in one step if it is new."""
-    if known:
-        for file in partial.iterdir():
-            file.replace(folder / file.name)
-        return
-    if folder.exists():
-        folder.rmdir()
-    partial.replace(folder)
-
-
-@contextlib.contextmanager
-def _partial(folder: Path) -> Iterator[Path]:
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    made = not folder.parent.exists()
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if made:
-            with contextlib.suppress(OSError):
-                folder.parent.rmdir()
 
 
 def _check_forward(network: torch.nn.Module, images: Images, options: Options) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,13 +13,12 @@ import torch
 
 from convattn import checks, networks
 from convattn.attachment import plan
-from convattn.errors import ComparisonError, InvalidOption
+from convattn.errors import InvalidOption
 from convattn.nn.base import STARTS
 from convattn.train import Recipe
 from convattn.train.checkpoint import BASELINE
 
 DEFAULT_VARIANTS = ("se", "cbam", "dual", "cbam+dual")
-PLAN = "plan.json"
 # for batches of 128; half of the customary 0.1 (He et al., 2016, section 4.2), at which heads without a norm diverged
 RATE, FINE_TUNING_RATE, RATE_BATCH = 0.05, 0.01, 128
 WEIGHT_DECAY = 5e-4
@@ -103,12 +103,10 @@ def parse(
     for name, optional in (("epochs", epochs), ("image_size", image_size)):
         if optional is not None:
             checks.positive(where, name, optional)
-    if learning_rate is not None and not learning_rate > 0:
-        raise InvalidOption(f"compare: learning_rate must be above 0, got {learning_rate}.")
-    if not weight_decay >= 0:
-        raise InvalidOption(f"compare: weight_decay must be at least 0, got {weight_decay}.")
-    if not 0 <= smallest_gain <= 100:
-        raise InvalidOption(f"compare: smallest_gain must be from 0 to 100 points, got {smallest_gain}.")
+    if learning_rate is not None and not 0 < learning_rate < math.inf:
+        raise InvalidOption(f"compare: learning_rate must be above 0 and finite, got {learning_rate}.")
+    checks.between(where, "weight_decay", weight_decay, 0, 1)
+    checks.between(where, "smallest_gain", smallest_gain, 0, 100)
     chosen = None if weights in (None, "none") else str(weights)
     start = start or ("identity" if chosen else "paper")
     checks.choice(where, "start", start, STARTS)
@@ -145,45 +143,11 @@ def check_networks(options: Options, classes: int) -> torch.nn.Module:
     return network
 
 
-def check_folder(folder: Path, options: Options, fingerprints: dict[str, str | None]) -> bool:
-    """Whether the folder holds this very comparison already.
-
-    Raises:
-        ComparisonError: it holds another one, or something else, or data or weights have changed since.
-    """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return False
-    path = folder / PLAN
-    if not path.is_file():
-        raise ComparisonError(f"{folder} exists and holds no comparison: give another --out. Nothing was changed.")
-    there = read_plan(folder)
-    here = options.hashed()
-    differing = [key for key in here if there["options"].get(key) != here[key]]
-    if differing:
-        key = differing[0]
-        raise ComparisonError(
-            f"{folder} holds another comparison ({key}: {there['options'].get(key)}, here {here[key]}): give another "
-            f"--out. Nothing was changed."
-        )
-    for name, value in fingerprints.items():
-        if there["fingerprints"][name] != value:
-            raise ComparisonError(
-                f"The {name} changed since {folder} was begun, so that its runs cannot be continued: give another "
-                f"--out. Nothing was changed."
-            )
-    return True
-
-
-def read_plan(folder: Path) -> dict[str, Any]:
-    """The plan that was written to a comparison's folder."""
-    return json.loads((folder / PLAN).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-
-
-def fingerprint_of(weights: str | None) -> str | None:
-    """A hash of a file of weights; None where there is no file."""
-    if weights is None or not Path(weights).is_file():
+def fingerprint_of(file: str | None) -> str | None:
+    """A hash of a file's content; None where there is no file."""
+    if file is None or not Path(file).is_file():
         return None
-    return hashlib.blake2b(Path(weights).read_bytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()
 
 
 def _variants(variants: str | Sequence[str]) -> tuple[str, ...]:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 import convattn
+from convattn.compare import folder as folders
 from convattn.compare import stats, verdicts
-from convattn.compare.options import Options, read_plan
+from convattn.compare.options import Options
 from convattn.compare.workers import RUNS
 from convattn.data import Images, split
 from convattn.train import finished
@@ -66,7 +67,7 @@ def assemble(
                 "validation": len(parts.validation),
                 "test": len(parts.test),
                 "test_per_class": np.bincount(labels, minlength=len(images.classes)).tolist(),
-                "fingerprint": read_plan(folder)["fingerprints"]["images"],
+                "fingerprint": folders.plan(folder)["fingerprints"]["images"],
                 "left_out": [{"path": one.path, "reason": one.reason} for one in images.left_out],
             },
             "setting": {

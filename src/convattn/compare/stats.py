@@ -38,10 +38,11 @@ def gain(baseline: np.ndarray, variant: np.ndarray, *, confidence: float = 0.95)
     """The gain of a variant over the baseline, paired over seeds and images.
 
     With d the differences right/wrong of shape (S seeds, N images):
-    gain = mean(d);  se_seeds = sd(mean over images) / sqrt(S);  se_images = sd(mean over seeds) / sqrt(N);
-    interval = gain +- t(S - 1) * max(se_seeds, se_images, one image).
+    gain = mean(d);  se_seeds = sd(mean over images) / sqrt(S);
+    se_images = sd(mean over seeds) / sqrt(N), at least 1 / N;
+    interval = gain +- t(S - 1) * max(se_seeds, se_images).
 
-    One image, 1 / N, is the least step that a score can make: no interval is of zero width.
+    1 / N, one image, is the least step that a score can make: no interval is of zero width.
 
     Args:
         baseline: boolean (seeds, images), True where the prediction is right.
@@ -58,11 +59,13 @@ def gain(baseline: np.ndarray, variant: np.ndarray, *, confidence: float = 0.95)
     seeds, images = baseline.shape
     difference = 100 * (variant.astype(float) - baseline.astype(float))
     points = float(difference.mean())
-    from_images = float(difference.mean(axis=0).std(ddof=1) / math.sqrt(images)) if images > 1 else 100.0
+    one_image = 100 / images
+    spread = float(difference.mean(axis=0).std(ddof=1) / math.sqrt(images)) if images > 1 else one_image
+    from_images = max(spread, one_image)
     if seeds == 1:
         return Gain(points, None, None, None, from_images, math.nan, from_images)
     from_seeds = float(difference.mean(axis=1).std(ddof=1) / math.sqrt(seeds))
-    error = max(from_seeds, from_images, 100 / images)
+    error = max(from_seeds, from_images)
     half = float(stats.t.ppf(0.5 + confidence / 2, seeds - 1)) * error
     p_value = float(2 * stats.t.sf(abs(points) / error, seeds - 1))
     # no gain is beyond 100 points

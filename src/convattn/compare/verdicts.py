@@ -50,8 +50,9 @@ def sentence(variant: str, found: Gain, seeds: int, smallest: float, cost: str) 
         loses = " It makes the network worse." if found.high < 0 else ""
         return f"{name} is not worth it: a gain of {interval} stays below {smallest:g}{cost}.{loses}"
     needed = seeds_to_decide(found, seeds, smallest)
+    more = (needed or 0) - seeds
     settle = (
-        f"About {needed - seeds} more seeds would settle it if the gain stays as it is."
+        f"About {more} more seed{'s' if more > 1 else ''} would settle it if the gain stays as it is."
         if needed
         else "More seeds alone would not settle it soon: more test images would."
     )

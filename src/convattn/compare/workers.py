@@ -38,6 +38,7 @@ def _execute(spec: RunSpec, images: Images, folder: Path, watch: Callable[[Progr
     own = folder / RUNS / spec.name
     try:
         execute(spec, images, own, watch)
+        (own / "error.txt").unlink(missing_ok=True)
     except ConvattnError:
         raise
     except Exception as error:

@@ -1,7 +1,6 @@
 """Where images come from: a folder of class folders, an archive of one, or the digits that ship with scikit-learn."""
 
 import hashlib
-import lzma
 import tarfile
 import zipfile
 from dataclasses import dataclass
@@ -62,7 +61,7 @@ class Source:
         elif self.path.is_file():
             _update(digest, self.path)
         else:
-            for file in sorted(path for path in self.path.rglob("*") if path.is_file() and not _is_clutter(path)):
+            for file in _files(self.path):
                 digest.update(file.relative_to(self.path).as_posix().encode() + b"\0")
                 _update(digest, file)
         return digest.hexdigest()
@@ -85,7 +84,8 @@ class Source:
             else:
                 with tarfile.open(self.path) as archive:
                     archive.extractall(unpacked, filter="data")
-        except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, EOFError, OSError) as error:
+        # whatever the decompressors raise: TarError, BadZipFile, LZMAError, zlib.error, EOFError, a wrong password
+        except Exception as error:
             raise DataError(f"{self.path} cannot be unpacked: {error}.") from error
         return scan(unpacked)
 
@@ -116,9 +116,9 @@ def scan(root: Path) -> Listing:
         DataError: fewer than two classes, classes that differ between parts, or a file that is no image.
     """
     folders = _folders(root)
-    while len(folders) == 1 and folders[0].name not in PARTS:
+    while len(folders) == 1 and folders[0].name.lower() not in PARTS:
         root, folders = folders[0], _folders(folders[0])
-    given = {folder.name: folder for folder in folders if folder.name in PARTS}
+    given = {folder.name.lower(): folder for folder in folders if folder.name.lower() in PARTS}
     if given:
         _check_parts(root, folders, given)
     classes = [folder.name for folder in (_folders(given["train"]) if given else folders)]
@@ -152,7 +152,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _check_parts(root: Path, folders: list[Path], given: dict[str, Path]) -> None:
-    other = [folder.name for folder in folders if folder.name not in PARTS]
+    other = [folder.name for folder in folders if folder.name.lower() not in PARTS]
     if other:
         raise DataError(
             f"{root} has the folder {other[0]!r} beside {', '.join(given)}: is it a class, or another part?"
@@ -166,7 +166,7 @@ def _check_parts(root: Path, folders: list[Path], given: dict[str, Path]) -> Non
 def _images(root: Path, folder: Path, classes: list[str], part: str) -> list[Found]:
     found = []
     for label, name in enumerate(classes):
-        for file in sorted(path for path in (folder / name).rglob("*") if path.is_file() and not _is_clutter(path)):
+        for file in _files(folder / name):
             path = file.relative_to(root).as_posix()
             if file.suffix.lower() not in SUFFIXES:
                 raise DataError(
@@ -174,6 +174,15 @@ def _images(root: Path, folder: Path, classes: list[str], part: str) -> list[Fou
                 )
             found.append(Found(path, label, part))
     return found
+
+
+def _files(root: Path) -> list[Path]:
+    """All files below a folder but clutter and what lies in a folder of clutter."""
+    return sorted(
+        path
+        for path in root.rglob("*")
+        if path.is_file() and not any(_is_clutter(Path(part)) for part in path.relative_to(root).parts)
+    )
 
 
 def _folders(root: Path) -> list[Path]:
