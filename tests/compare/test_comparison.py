@@ -141,9 +141,6 @@ def lasting(results: dict[str, Any]) -> dict[str, Any]:
     kept = json.loads(json.dumps({key: value for key, value in results.items() if key != "folder"}))
     for one in (kept["baseline"], *kept["variants"]):
         del one["latency"]
-        if "sentence" in one:
-            one["sentence"], count = re.subn(r"at [\d.]+ times the time", "at some times the time", one["sentence"])
-            assert count == 1
     return kept
 
 
@@ -273,10 +270,11 @@ def test_costs(first: Path) -> None:
     assert results["variants"][0]["parameters"] == baseline["parameters"] + 16 + 1
     assert all(one["multiply_adds"] > 0 for one in (baseline, *results["variants"]))
     for one in (baseline, *results["variants"]):
-        assert set(one["latency"]) == {
+        assert set(one["latency"]) - {"sentence"} == {
             f"{kind}_{unit}" for kind in ("train_step", "inference", "inference_batch") for unit in ("ms", "ratio")
         }
-        assert all(0 < spread["low"] <= spread["median"] <= spread["high"] for spread in one["latency"].values())
+        spreads = [spread for kind, spread in one["latency"].items() if kind != "sentence"]
+        assert all(0 < spread["low"] <= spread["median"] <= spread["high"] for spread in spreads)
     assert baseline["latency"]["train_step_ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
 
 

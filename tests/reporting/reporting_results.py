@@ -135,4 +135,5 @@ def _latency(ratio: float) -> dict[str, Any]:
 
     times = {"train_step_ms": 21.3, "inference_ms": 1.42, "inference_batch_ms": 63.0}
     ratios = {key.replace("_ms", "_ratio"): around(ratio) for key in times}
-    return {key: around(time * ratio) for key, time in times.items()} | ratios
+    said = {"sentence": f"A training step takes {ratio:.2f} times as long."}
+    return {key: around(time * ratio) for key, time in times.items()} | ratios | said

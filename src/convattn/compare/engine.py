@@ -248,6 +248,6 @@ def _conclude(results: dict[str, Any], report: Path, display: Display) -> None:
     display.say()
     display.say(results["headline"])
     for variant in results["variants"]:
-        display.say(f"  {variant['sentence']}")
+        display.say(f"  {variant['sentence']} {variant['latency']['sentence']}")
     display.say()
     display.say(f"The report: {report}")

@@ -116,21 +116,22 @@ def _common(
             for run in runs
         ],
         **costs[name],
+        # with what it was made of, apart from what the same command gives again to the bit
+        "latency": {**costs[name]["latency"], "sentence": verdicts.time_sentence(costs[name]["latency"])},
     }
 
 
 def _verdict(name: str, gain: stats.Gain, options: Options, costs: dict[str, Any]) -> dict[str, Any]:
-    own, plain = costs[name], costs[BASELINE]
-    more = own["parameters"] / plain["parameters"] - 1
-    step = own["latency"]["train_step_ratio"]["median"]
-    cost = f", at {step:.2f} times the time of a training step and {100 * more:.1f} % more parameters"
+    more = costs[name]["parameters"] / costs[BASELINE]["parameters"] - 1
     return {
         "gain_points": gain.points,
         "interval95": None if gain.low is None else [gain.low, gain.high],
         "p_value": gain.p_value,
         "standard_error_points": gain.standard_error,
         "verdict": verdicts.word(gain, options.smallest_gain),
-        "sentence": verdicts.sentence(name, gain, options.seeds, options.smallest_gain, cost),
+        "sentence": verdicts.sentence(
+            name, gain, options.seeds, options.smallest_gain, f", for {100 * more:.1f} % more parameters"
+        ),
     }
 
 

@@ -34,7 +34,7 @@ def word(found: Gain, smallest: float) -> str:
 
 
 def sentence(variant: str, found: Gain, seeds: int, smallest: float, cost: str) -> str:
-    """The verdict of a variant as a sentence, its cost included."""
+    """The verdict of a variant as a sentence or a few; `cost` is put behind the gain."""
     name = title(variant)
     name = name[0].upper() + name[1:]
     if found.low is None or found.high is None:
@@ -58,6 +58,12 @@ def sentence(variant: str, found: Gain, seeds: int, smallest: float, cost: str) 
     )
     lead = f" It helps, but whether by {smallest:g} points is open." if found.low > 0 else ""
     return f"{name}: cannot tell. The gain is {interval}{cost}.{lead} {settle}"
+
+
+def time_sentence(latency: dict[str, dict[str, float]]) -> str:
+    """What a variant costs in time, as a sentence."""
+    step, one = (latency[f"{kind}_ratio"]["median"] for kind in ("train_step", "inference"))
+    return f"A training step takes {step:.2f} times as long, inference of one image {one:.2f} times."
 
 
 def headline(verdicts: Sequence[tuple[str, str]], smallest: float) -> str:
