@@ -434,3 +434,19 @@ def test_interrupted_with_several_at_a_time(world: Path, seconds: float | None) 
     code, _, err = interrupted(world, training if seconds is None else importing, jobs=2)
     assert code == 130
     assert "the same command goes on" in one_line(err)
+
+
+# sites
+
+
+def test_sites(call: Call) -> None:
+    code, out, err = call("sites", "resnet20", "--attention", "se+dual")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0].split() == ["site", "place", "attention", "channels", "map", "parameters", "added"]
+    assert len(out.splitlines()) == 1 + 9 + 1 + 1
+
+
+def test_sites_of_a_network_without_residual_sums(call: Call) -> None:
+    code, out, err = call("sites", "torchvision:vgg11")
+    assert (code, out) == (2, "")
+    assert "no residual block" in one_line(err)

@@ -1,9 +1,11 @@
 """A comparison from beginning to end, broken off, gone on with, and refused."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -374,6 +376,17 @@ def test_from_random_weights_the_start_is_the_papers(world: World, tmp_path: Pat
     assert chosen["variants"][0]["start_accuracy"] == chosen["baseline"]["start_accuracy"]
 
 
+def test_an_archive_gives_what_its_folder_gives(world: World, tmp_path: Path, quick: None) -> None:
+    archive = shutil.make_archive(str(tmp_path / "packed"), "xztar", world.folder, "data")
+    options = {"seeds": 1, "epochs": 1, "variants": "se"}
+    plain = world.run(out=tmp_path / "plain", **options)
+    packed = world.run(out=tmp_path / "packed", data=archive, **options)
+    assert (packed["data"]["name"], plain["data"]["name"]) == ("packed.tar.xz", "data")
+    assert outcomes(tmp_path / "packed") == outcomes(tmp_path / "plain")
+    names = [{path.name for path in (tmp_path / folder).iterdir()} for folder in ("plain", "packed")]
+    assert names[0] == names[1]
+
+
 def test_broken_images_are_reported(own_world: World, quick: None, capsys: pytest.CaptureFixture[str]) -> None:
     (own_world.data / "red" / "broken.jpg").write_text("no image")
     results = own_world.run(seeds=1, epochs=1, variants="se", out=own_world.folder / "out")
@@ -501,6 +514,13 @@ def test_an_empty_folder_is_taken(world: World, tmp_path: Path, quick: None) -> 
     (tmp_path / "out").mkdir()
     world.run(seeds=1, epochs=1, variants="se", out=tmp_path / "out")
     assert read(tmp_path / "out")["schema"] >= 1
+
+
+def test_an_empty_folder_stays_after_a_mistake(world: World, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(WeightsError):
+        world.run(weights="nowhere.pt", out=tmp_path / "out")
+    assert contents(tmp_path) == {"out": None}
 
 
 def test_the_folder_that_one_is_in(world: World, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -677,26 +697,31 @@ def undisturbed(world: World) -> Path:
 def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 90) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, "the process ended before it could be killed"
         assert time.monotonic() < end
         time.sleep(0.01)
 
 
 @pytest.fixture
-def start_command() -> Iterator[Callable[[list[str]], subprocess.Popen[str]]]:
-    """Start a command in a process of its own, which does not outlive the test."""
+def start_command(tmp_path: Path) -> Iterator[Callable[[list[str]], subprocess.Popen[str]]]:
+    """Start a command in a process of its own; neither it nor what it starts outlives the test."""
     started = []
 
     def start(words: list[str]) -> subprocess.Popen[str]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        pipe = subprocess.PIPE
-        started.append(subprocess.Popen(words, env=environment, stdout=pipe, stderr=pipe, text=True))
+        # to a file: a pipe would stay open as long as any process that has it
+        with (tmp_path / "said").open("w") as said:
+            options = {"stdout": said, "stderr": said, "start_new_session": True}
+            started.append(subprocess.Popen(words, env=environment, text=True, **options))
         return started[-1]
 
     yield start
     for process in started:
+        if sys.platform != "win32":
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 def test_killed_in_the_middle(
@@ -712,7 +737,7 @@ def test_killed_in_the_middle(
     # in the middle of the first run with attention
     wait_for((runs / "se-seed0" / "log.jsonl").exists, process)
     process.kill()
-    process.communicate()
+    process.wait()
     assert not (out / "results.json").exists()
     assert (runs / "baseline-seed0" / "result.json").exists()
     assert not (runs / "se-seed0" / "result.json").exists()
@@ -762,7 +787,7 @@ def test_killed_with_several_at_a_time(
     # the parent, which measured the start, and two that train, one of them for an epoch at least
     wait_for(lambda: len(processes()) == 3 and list(out.glob("runs/*/log.jsonl")), process)
     process.kill()
-    process.communicate()
+    process.wait()
     assert not (out / "results.json").exists()
     end = time.monotonic() + 5
     while any(alive(pid) for pid in processes()):

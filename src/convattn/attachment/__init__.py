@@ -3,6 +3,7 @@
 Select first, change second: `plan` looks and computes, `attach` changes, `detach` restores.
 """
 
+import hashlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,12 +14,23 @@ from torch import nn
 
 from convattn import checks
 from convattn.attachment import sites as find
-from convattn.attachment.wrapper import Attached, AttachedHead, BlendedHead
+from convattn.attachment.wrapper import Attached, AttachedHead, AttachedLast, BlendedHead
 from convattn.errors import AttachError, InvalidOption
 from convattn.nn.base import STARTS
 from convattn.registry import Entry, entry
 
-__all__ = ["Attached", "AttachedHead", "BlendedHead", "Plan", "Site", "attach", "attached", "detach", "plan"]
+__all__ = [
+    "Attached",
+    "AttachedHead",
+    "AttachedLast",
+    "BlendedHead",
+    "Plan",
+    "Site",
+    "attach",
+    "attached",
+    "detach",
+    "plan",
+]
 
 
 @dataclass(frozen=True)
@@ -28,19 +40,30 @@ class Site:
     name: str
     place: str
     channels: int
-    dimensions: int
+    size: tuple[int, ...]
+    channels_last: bool
     attention: str
     parameters: int
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def dimensions(self) -> int:
+        """The spatial dimensions of the map."""
+        return len(self.size)
+
 
 @dataclass(frozen=True)
 class Plan:
-    """The sites that `attach` will change, in the order of the network; print it to see them."""
+    """The sites that `attach` will change, in the order of the network; print it to see them.
+
+    `skipped` are the sums at which nothing can stand, with the reasons; `network` tells whose plan it is.
+    """
 
     attention: str
     start: str
     sites: tuple[Site, ...]
+    skipped: tuple[find.Skipped, ...]
+    network: str
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)
@@ -49,26 +72,31 @@ class Plan:
         return len(self.sites)
 
     def __str__(self) -> str:
-        rows = [("site", "place", "attention", "channels", "parameters added")]
-        rows += [(s.name, s.place, s.attention, f"{s.channels:,}", f"{s.parameters:,}") for s in self.sites]
-        rows += [("total", "", "", "", f"{sum(site.parameters for site in self.sites):,}")]
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        align = (str.ljust, str.ljust, str.ljust, str.rjust, str.rjust)
-        return "\n".join(
+        rows = [("site", "place", "attention", "channels", "map", "parameters added")]
+        for s in self.sites:
+            size = " x ".join(map(str, s.size)) if s.place == "residual" else ""
+            rows.append((s.name, s.place, s.attention, f"{s.channels:,}", size, f"{s.parameters:,}"))
+        rows.append(("total", "", "", "", "", f"{sum(site.parameters for site in self.sites):,}"))
+        widths = [max(len(row[column]) for row in rows) for column in range(6)]
+        align = (str.ljust, str.ljust, str.ljust, str.rjust, str.rjust, str.rjust)
+        lines = [
             "  ".join(pad(cell, width) for pad, cell, width in zip(align, row, widths, strict=True)).rstrip()
             for row in rows
-        )
+        ]
+        return "\n".join(lines + [f"no site in {one.name or 'the network'}: {one.reason}" for one in self.skipped])
 
 
-def plan(model: nn.Module, attention: str, *, start: str = "identity", **options: Any) -> Plan:
+def plan(model: nn.Module, attention: str, *, example: Any = None, start: str = "identity", **options: Any) -> Plan:
     """List the sites at which `attach` would put attention. The model is not changed.
 
-    Gates stand at the end of the residual branch of every block, just before the sum; a pooling head stands beside the
-    network's own global pooling.
+    Gates stand at the end of every residual branch, just before the sum with the shortcut; they are found by running
+    the network once and watching what is added to what. A pooling head stands beside the network's own global pooling.
 
     Args:
-        model: a network with residual blocks (ResNets of timm, torchvision and convattn).
+        model: a network with residual sums for a gate, with a layer of global pooling for a head.
         attention: a registered name, or a gate and a head joined with `+`: `"cbam+dual"`.
+        example: an input: a tensor, or a tuple or dict of arguments; by default two random images of the size that the
+            network was made for, or 64 pixels.
         start: `"identity"` leaves the output as it is at first, `"paper"` does not.
         **options: of the module, for instance `reduction=8`.
 
@@ -91,14 +119,18 @@ def plan(model: nn.Module, attention: str, *, start: str = "identity", **options
             f"The model was not changed."
         )
     chosen: list[Site] = []
+    skipped: list[find.Skipped] = []
     shares = _shares(entries, options)
     for one in entries:
-        places = find.residual(model) if one.kind == "gate" else find.pool(model)
+        places, passed = find.residual(model, example) if one.kind == "gate" else (find.pool(model), [])
         chosen += [_site(one, place, start, shares[one.name]) for place in places]
-    return Plan(attention, start, tuple(chosen))
+        skipped += passed
+    return Plan(attention, start, tuple(chosen), tuple(skipped), _signature(model))
 
 
-def attach(model: nn.Module, attention: str | Plan, *, start: str | None = None, **options: Any) -> nn.Module:
+def attach(
+    model: nn.Module, attention: str | Plan, *, example: Any = None, start: str | None = None, **options: Any
+) -> nn.Module:
     """Put attention into a network, in place, and return it.
 
     With the start `"identity"` the output is unchanged to the bit for finite inputs until a parameter `strength`, one
@@ -108,6 +140,7 @@ def attach(model: nn.Module, attention: str | Plan, *, start: str | None = None,
     Args:
         model: the network.
         attention: a registered name as in `plan`, or a plan of this model.
+        example: an input, as in `plan`; not with a plan.
         start: `"identity"` (default) or `"paper"`; not with a plan, which has one.
         **options: of the module; not with a plan.
 
@@ -123,12 +156,16 @@ def attach(model: nn.Module, attention: str | Plan, *, start: str | None = None,
         0.0
     """
     if isinstance(attention, Plan):
-        if start is not None or options:
-            raise InvalidOption("attach: a plan has its start and options already; give them to `plan`.")
+        if start is not None or example is not None or options:
+            raise InvalidOption("attach: a plan has its example, start and options already; give them to `plan`.")
         chosen = attention
-        _check_places(model, chosen)
+        if chosen.network != _signature(model):
+            raise AttachError(
+                "The plan is of another network, or of this one before it was changed: plan it anew. "
+                "The model was not changed."
+            )
     else:
-        chosen = plan(model, attention, start=start or "identity", **options)
+        chosen = plan(model, attention, example=example, start=start or "identity", **options)
     wrappers = [(_layer(model, site), _build(model, site, chosen.start)) for site in chosen]
     # nothing below can fail
     for inner, wrapper in wrappers:
@@ -178,7 +215,7 @@ def _accepted(one: Entry) -> set[str]:
 def _site(one: Entry, place: find.Place, start: str, options: dict[str, Any]) -> Site:
     # on no device: options are checked and parameters counted without memory or random numbers
     with torch.device("meta"):
-        module = _module(one, place.channels, place.dimensions, start, options)
+        module = _module(one, place.channels, len(place.size), start, options)
     head = module.head if isinstance(module, BlendedHead) else None
     if head is not None and head.features != place.channels:
         raise AttachError(
@@ -186,7 +223,7 @@ def _site(one: Entry, place: find.Place, start: str, options: dict[str, Any]) ->
             f"{place.name!r} takes {place.channels}: use 'dual', which reduces them. The model was not changed."
         )
     added = sum(parameter.numel() for parameter in module.parameters())
-    return Site(place.name, place.place, place.channels, place.dimensions, one.name, added, options)
+    return Site(place.name, place.place, place.channels, place.size, place.channels_last, one.name, added, options)
 
 
 def _module(one: Entry, channels: int, dimensions: int, start: str, options: dict[str, Any]) -> nn.Module:
@@ -195,15 +232,11 @@ def _module(one: Entry, channels: int, dimensions: int, start: str, options: dic
     return one.build(channels, dimensions=dimensions, start=start, **options)  # type: ignore[no-any-return]
 
 
-def _check_places(model: nn.Module, chosen: Plan) -> None:
-    kinds = {site.place for site in chosen}
-    there = (find.residual(model) if "residual" in kinds else []) + (find.pool(model) if "pool" in kinds else [])
-    for site in chosen:
-        if find.Place(site.name, site.place, site.channels, site.dimensions) not in there:
-            raise AttachError(
-                f"The plan is of another network: this one has no place {site.name!r} with {site.channels} channels. "
-                f"The model was not changed."
-            )
+def _signature(model: nn.Module) -> str:
+    """The names and types of a network's modules and the shapes of its parameters, hashed."""
+    modules = [(name, type(module).__qualname__) for name, module in model.named_modules()]
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    return hashlib.blake2b(repr((modules, shapes)).encode(), digest_size=16).hexdigest()
 
 
 def _layer(model: nn.Module, site: Site) -> nn.Module:
@@ -221,7 +254,9 @@ def _build(model: nn.Module, site: Site, start: str) -> Attached:
     module = _module(entry(site.attention), site.channels, site.dimensions, start, site.options)
     like = next((p for p in (*layer.parameters(), *model.parameters()) if p.is_floating_point()), torch.empty(0))
     module.to(like.device, like.dtype).train(layer.training)
-    return AttachedHead(layer, module) if site.place == "pool" else Attached(layer, module)
+    if site.place == "pool":
+        return AttachedHead(layer, module)
+    return AttachedLast(layer, module) if site.channels_last else Attached(layer, module)
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

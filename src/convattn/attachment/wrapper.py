@@ -108,6 +108,15 @@ class Attached(nn.Module):
             return getattr(modules[INNER], name)
 
 
+class AttachedLast(Attached):
+    """A layer with attention on its output, whose channels are the last dimension."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer's output, gated."""
+        y = self.convattn_inner(x)
+        return self.attention(y.movedim(-1, 1)).movedim(1, -1)  # type: ignore[no-any-return]
+
+
 class AttachedHead(Attached):
     """A pooling layer with a head beside it that sees the same map."""
 

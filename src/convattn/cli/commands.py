@@ -25,6 +25,12 @@ Examples:
   convattn compare photos/ --backbone mine.py:network --epochs 50
 """
 
+SITES_EXAMPLES = """\b
+Examples:
+  convattn sites timm:resnet18
+  convattn sites torchvision:mobilenet_v3_small --attention se
+"""
+
 SHOW_EXAMPLES = """\b
 Examples:
   convattn show convattn-digits-1a2b3c4d/runs/cbam-seed0/weights.safetensors cat.jpg dog.jpg --out shown
@@ -111,6 +117,19 @@ def compare(
         out=out,
         quiet=quiet,
     )
+
+
+@app.command(epilog=SITES_EXAMPLES)
+def sites(
+    network: Annotated[
+        str, typer.Argument(help="resnet20 to resnet110, timm:NAME, torchvision:NAME or FILE.py:function.")
+    ],
+    attention: Annotated[str, typer.Option(help="A registered name, or a gate and a head joined with +.")] = "cbam",
+) -> None:
+    """List where attention would stand in a network, and where it cannot, with the reasons."""
+    from convattn import networks, plan
+
+    sys.stdout.write(f"{plan(networks.create(network), attention)}\n")
 
 
 @app.command(epilog=SHOW_EXAMPLES)

@@ -13,6 +13,8 @@ from torch import nn
 from convattn.checks import suggestion
 from convattn.errors import AttachError, UnknownName
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 @dataclass
 class Call:
@@ -63,12 +65,12 @@ def features(model: nn.Module, layer: str, *, example: torch.Tensor | None = Non
 
 def example_for(model: nn.Module) -> torch.Tensor:
     """A batch of 2 random images such as the network takes, on its device and in its dtype."""
-    weight = next((p for p in model.parameters() if p.dim() >= 3), next(model.parameters(), torch.empty(1, 3, 1, 1)))
-    channels = weight.shape[1] if weight.dim() >= 3 else 3
+    first = next((module for module in model.modules() if isinstance(module, CONVOLUTIONS)), None)
+    channels, dimensions = (first.in_channels, first.weight.dim() - 2) if first is not None else (3, 2)
     side = getattr(model, "input_size", None) or 64
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, channels, *[side] * (weight.dim() - 2 if weight.dim() >= 3 else 2), generator=generator)
-    return images.to(weight.device, weight.dtype)
+    images = torch.randn(2, channels, *[side] * dimensions, generator=torch.Generator().manual_seed(0))
+    like = next((one for one in model.parameters() if one.is_floating_point()), images)
+    return images.to(like.device, like.dtype)
 
 
 def _watch(model: nn.Module, x: torch.Tensor) -> list[Call]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import nn
 
@@ -21,7 +22,8 @@ def build(about: dict[str, Any], *, weights: str | None = None) -> nn.Module:
     """The network that `about` describes: its backbone, with the variant's attention if it has any."""
     network = networks.create(about["backbone"], classes=len(about["classes"]), weights=weights)
     if about["variant"] != BASELINE:
-        attach(network, about["variant"], start=about["start"])
+        side = about["image_size"]
+        attach(network, about["variant"], example=torch.zeros(1, 3, side, side), start=about["start"])
     return network
 
 

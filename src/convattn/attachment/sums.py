@@ -1,0 +1,125 @@
+"""Which sums of a network are residual: the sum of a shortcut and of what was computed beside it."""
+
+from dataclasses import dataclass
+from functools import reduce
+
+from convattn.attachment.watching import Value, Watched
+
+ADDITIONS = ("add", "add_")
+WEIGHTED = ("convolution", "addmm", "mm", "bmm", "baddbmm", "linear")
+NONLINEAR = (
+    "relu",
+    "silu",
+    "gelu",
+    "sigmoid",
+    "tanh",
+    "hard",
+    "softmax",
+    "elu",
+    "mish",
+    "softplus",
+    "clamp",
+    "max_pool",
+)
+RESCALING = ("upsample", "grid_sampler", "pixel_shuffle")
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A sum: its value, its operands, which of them is the shortcut (None: not residual) and why not."""
+
+    value: Value
+    operands: tuple[Value, ...]
+    shortcut: Value | None
+    reason: str = ""
+
+    @property
+    def branches(self) -> tuple[Value, ...]:
+        """The operands beside the shortcut."""
+        return tuple(one for one in self.operands if one is not self.shortcut)
+
+
+def sums(seen: Watched) -> list[Sum]:
+    """All sums of maps of one shape, in order, each residual one with its shortcut and every other with the reason.
+
+    One operand of a residual sum is the shortcut, on which another one depends; or, with a projection, none depends on
+    another, and the shortcut is the one with fewer layers (at most one) since what they have in common. Sums inside a
+    branch, of parallel convolutions and of several scales are not residual.
+    """
+    found = [_judged(seen, value, _operands(seen, value)) for value in seen.values if _adds_maps(seen, value)]
+    chained = {one.index for each in found for one in _inner_additions(seen, each.value)}
+    found = [each for each in found if each.value.index not in chained]
+    return [_outside(each, found) for each in found]
+
+
+def _adds_maps(seen: Watched, value: Value) -> bool:
+    if value.operator not in ADDITIONS or len(value.inputs) < 2 or len(value.shape) < 3:
+        return False
+    given = [seen.values[one] for one in value.inputs]
+    return all(one.shape == value.shape and seen.is_data(one) for one in given)
+
+
+def _operands(seen: Watched, value: Value) -> tuple[Value, ...]:
+    """What is summed, through additions whose result only the next addition uses."""
+    operands: list[Value] = []
+    for one in (seen.values[index] for index in value.inputs):
+        operands += _operands(seen, one) if _is_inner(seen, one) else (one,)
+    return tuple(operands)
+
+
+def _is_inner(seen: Watched, value: Value) -> bool:
+    return _adds_maps(seen, value) and len(seen.users.get(value.index, [])) == 1
+
+
+def _inner_additions(seen: Watched, value: Value) -> list[Value]:
+    inner = [seen.values[index] for index in value.inputs if _is_inner(seen, seen.values[index])]
+    return inner + [deeper for one in inner for deeper in _inner_additions(seen, one)]
+
+
+def _judged(seen: Watched, value: Value, operands: tuple[Value, ...]) -> Sum:
+    common = reduce(lambda a, b: a & b, (one.ancestors for one in operands))
+    paths = {one.index: _operators(seen, one.ancestors & ~common) for one in operands}
+    if any(_count(path, RESCALING) for path in paths.values()):
+        return Sum(value, operands, None, "a fusion of several scales")
+    sources = [one for one in operands if any(other.depends_on(one) for other in operands)]
+    if sources:
+        # the first of several is what the others were computed from
+        return Sum(value, operands, min(sources, key=lambda one: one.index))
+    weights = {one.index: _count(paths[one.index], WEIGHTED) for one in operands}
+    bends = {one.index: _count(paths[one.index], NONLINEAR) for one in operands}
+    if max(weights.values()) <= 1 and not any(bends.values()):
+        return Sum(value, operands, None, "parallel convolutions")
+    shortcut = min(operands, key=lambda one: weights[one.index])
+    rest = [one for one in operands if one is not shortcut]
+    deeper = all(weights[one.index] > weights[shortcut.index] for one in rest)
+    if weights[shortcut.index] > 1 or bends[shortcut.index] or not deeper:
+        return Sum(value, operands, None, "branches of which none is a shortcut")
+    return Sum(value, operands, shortcut)
+
+
+def _outside(one: Sum, every: list[Sum]) -> Sum:
+    """A sum with a projection that lies inside the branch of another one is a part of that branch."""
+    if one.shortcut is None or any(branch.depends_on(one.shortcut) for branch in one.branches):
+        return one
+    for other in every:
+        if other is not one and other.shortcut is not None:
+            inside = any(branch.depends_on(one.value) or branch is one.value for branch in other.branches)
+            if inside and not (other.shortcut.depends_on(one.value) or other.shortcut is one.value):
+                return Sum(one.value, one.operands, None, "inside the branch of another sum")
+    return one
+
+
+def _operators(seen: Watched, ancestors: int) -> list[str]:
+    found = []
+    while ancestors:
+        lowest = ancestors & -ancestors
+        value = seen.values[lowest.bit_length() - 1]
+        # how a weight was computed is not a layer between
+        if seen.is_data(value):
+            found.append(value.operator)
+        ancestors ^= lowest
+    return found
+
+
+def _count(operators: list[str], kinds: tuple[str, ...]) -> int:
+    return sum(any(operator.startswith(kind) for kind in kinds) for operator in operators)

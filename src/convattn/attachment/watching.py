@@ -1,0 +1,156 @@
+"""One forward pass, watched: which values depend on which, what is added to what, and which layer gave which value.
+
+No symbolic tracing: the network runs as it is, with its control flow, in-place operations and shared layers. Every
+operator of PyTorch that runs gives a value; a tensor that was changed in place is another value than before.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from convattn.errors import AttachError
+
+INPUT, OUTSIDE = "input", "outside"
+
+
+@dataclass(frozen=True)
+class Value:
+    """One tensor at one time: the operator that gave it, what that was given, and all values that it depends on.
+
+    `ancestors` has a bit set for every value that this one depends on, itself included; `within` is the name of the
+    innermost module that was running; `order` are the dimensions of a permutation.
+    """
+
+    index: int
+    operator: str
+    inputs: tuple[int, ...]
+    ancestors: int
+    shape: tuple[int, ...]
+    within: str
+    order: tuple[int, ...] = ()
+
+    def depends_on(self, other: "Value") -> bool:
+        """Whether this value was computed from another one."""
+        return self is not other and bool(self.ancestors >> other.index & 1)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module: its first tensor input and its output, None where that is not a single tensor."""
+
+    name: str
+    module: nn.Module
+    x: int | None
+    y: int | None
+
+
+@dataclass
+class Watched:
+    """What one forward pass showed: values and calls in the order of their completion, and the network's input."""
+
+    values: list[Value] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    users: dict[int, list[int]] = field(default_factory=dict)
+    inputs: int = 0
+
+    def is_data(self, value: Value) -> bool:
+        """Whether a value depends on the network's input, and not on its weights alone."""
+        return bool(value.ancestors & self.inputs)
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = Watched()
+        self.at: dict[int, int] = {}
+        self.running: list[str] = []
+        # identity is by address: nothing that was seen may be freed before the end
+        self.alive: list[torch.Tensor] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # there is no compiler to hide from, and hiding would import all of it: seconds, and packages of its own
+        return False
+
+    def add(self, tensor: torch.Tensor, operator: str, inputs: tuple[int, ...], order: tuple[int, ...] = ()) -> int:
+        index = len(self.seen.values)
+        ancestors = 1 << index
+        for one in inputs:
+            ancestors |= self.seen.values[one].ancestors
+            self.seen.users.setdefault(one, []).append(index)
+        within = self.running[-1] if self.running else ""
+        self.seen.values.append(Value(index, operator, inputs, ancestors, tuple(tensor.shape), within, order))
+        self.at[id(tensor)] = index
+        self.alive.append(tensor)
+        return index
+
+    def value(self, tensor: torch.Tensor) -> int:
+        known = self.at.get(id(tensor))
+        return self.add(tensor, OUTSIDE, ()) if known is None else known
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = [one for one in tree_flatten((args, kwargs or {}))[0] if isinstance(one, torch.Tensor)]
+        inputs = tuple(self.value(tensor) for tensor in given)
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        order = tuple(args[1]) if name == "permute" else tuple(args[1:3]) if name == "transpose" else ()
+        for tensor in (one for one in tree_flatten(result)[0] if isinstance(one, torch.Tensor)):
+            self.add(tensor, name, inputs, order)
+        return result
+
+
+def watch(model: nn.Module, example: Any) -> Watched:
+    """Run a network once on an example (a tensor, a tuple or a dict of arguments), and tell what happened.
+
+    In eval mode and without gradients: batch-norm statistics, modes and random state are as before afterwards.
+
+    Raises:
+        AttachError: the network does not run on the example. The model was not changed.
+    """
+    recorder = _Recorder()
+    args = example if isinstance(example, tuple) else () if isinstance(example, dict) else (example,)
+    kwargs = example if isinstance(example, dict) else {}
+    for tensor in (one for one in tree_flatten((args, kwargs))[0] if isinstance(one, torch.Tensor)):
+        recorder.seen.inputs |= 1 << recorder.add(tensor, INPUT, ())
+    modes = {module: module.training for module in model.modules()}
+    handles: list[Any] = []
+    try:
+        for name, module in model.named_modules():
+            handles += _hooks(name, module, recorder)
+        with torch.no_grad(), torch.random.fork_rng(), recorder:
+            model.eval()(*args, **kwargs)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise AttachError(
+            f"{type(model).__name__} does not run on the example ({type(error).__name__}: {reason}); give another with "
+            f"example=... The model was not changed."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    return recorder.seen
+
+
+def _hooks(name: str, module: nn.Module, recorder: _Recorder) -> list[Any]:
+    entered: list[int | None] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)]
+        entered.append(recorder.value(tensors[0]) if tensors else None)
+        recorder.running.append(name)
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        recorder.running.pop()
+        y = recorder.value(output) if isinstance(output, torch.Tensor) else None
+        recorder.seen.calls.append(Call(name, module, entered.pop(), y))
+
+    return [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
