@@ -24,13 +24,15 @@ def main(arguments: list[str] | None = None) -> None:
         code = app(args=given or ["--help"], standalone_mode=False)
     except ConvattnError as error:
         _fail(str(error), 1 if isinstance(error, RunFailed) else 2)
+    except KeyboardInterrupt:
+        # before the parser, which turns an interrupt into a code
+        code = INTERRUPTED
     except Exception as error:
         # the parser's own errors have a message for the user; anything else is a defect and shows its trace
         said = getattr(error, "format_message", None)
         if said is None:
             raise
         _fail(f"{said().rstrip('.')}. See convattn --help.", 2)
-    # the parser turns an interrupt into this code
     if code == INTERRUPTED:
         _fail("interrupted; what is done is kept, and the same command goes on from there.", INTERRUPTED)
     raise SystemExit(code or 0)

@@ -144,12 +144,14 @@ def _prepared(options: Options, source: Source, folder: Path, display: Display) 
 
 def _decoded(options: Options, source: Source, folder: Path, display: Display) -> Images:
     folders.clear(folder)
-    listing = source.listing(folder / folders.UNPACKED)
-    network = check_networks(options, len(listing.classes))
-    display.say(f"Decoding {len(listing.found):,} images ...")
-    wanted = getattr(network, "input_size", None)
-    images = decode(listing, folder, image_size=options.image_size, wanted_size=wanted)
-    folders.clear(folder)
+    try:
+        listing = source.listing(folder / folders.UNPACKED)
+        network = check_networks(options, len(listing.classes))
+        display.say(f"Decoding {len(listing.found):,} images ...")
+        wanted = getattr(network, "input_size", None)
+        images = decode(listing, folder, image_size=options.image_size, wanted_size=wanted)
+    finally:
+        folders.clear(folder)
     check_counts(images)
     _check_forward(network, images, options)
     return images

@@ -1,5 +1,6 @@
 """Carry out runs: here one after the other, or several at a time in processes of their own."""
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -7,7 +8,7 @@ import queue
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +56,32 @@ def _run_in_processes(specs: Sequence[RunSpec], folder: Path, jobs: int, watch: 
     tasks, events = context.Queue(), context.Queue()
     for spec in specs:
         tasks.put(spec)
+    # the end, once for each
+    for _ in range(jobs):
+        tasks.put(None)
     workers = [context.Process(target=_work, args=(folder, tasks, events), daemon=True) for _ in range(jobs)]
-    for worker in workers:
-        worker.start()
+    with _interrupts_ignored():
+        for worker in workers:
+            worker.start()
     try:
         _follow(len(specs), workers, events, watch)
     finally:
         for worker in workers:
             worker.terminate()
             worker.join()
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Children inherit it: an interrupt is the parent's to handle, from their first line on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _follow(count: int, workers: Sequence[Any], events: Any, watch: Callable[[Progress], None]) -> None:
@@ -93,9 +111,8 @@ def _work(folder: Path, tasks: Any, events: Any) -> None:
     threading.Thread(target=_die_with_parent, daemon=True).start()
     images = Images.load(folder)
     while True:
-        try:
-            spec = tasks.get_nowait()
-        except queue.Empty:
+        spec = tasks.get()
+        if spec is None:
             # held open until the parent has read what was sent
             threading.Event().wait()
             return

@@ -154,6 +154,8 @@ def _colours(image: Any) -> Any:
     if image.mode.startswith("I;16"):
         # the decoder would cut 16 bits off at 255
         image = _pillow().fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"32-bit pixels (mode {image.mode}) have no known range")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")

@@ -132,7 +132,10 @@ def scan(root: Path) -> Listing:
         odd = sorted({folder.name for folder in _folders(folder)} ^ set(classes))
         if odd:
             raise DataError(f"{folder} and {given['train']} differ in the class folders {', '.join(odd[:5])}.")
-        found += _images(root, folder, classes, PARTS[name])
+        here = _images(root, folder, classes, PARTS[name])
+        if not here:
+            raise DataError(f"{folder} has class folders but no images in them.")
+        found += here
     if not given:
         found = _images(root, root, classes, "")
     return Listing(tuple(classes), tuple(found), root)
