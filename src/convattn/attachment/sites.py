@@ -105,12 +105,19 @@ def _place(seen: Watched, calls: list[Call], one: Sum, branch: Value, rank: int,
     ends = [call for call in calls if call.y == branch.index and call.name]
     # the layer that computed the value, before those that only pass it on
     ends = [call for call in ends if call.x != call.y] + [call for call in ends if call.x == call.y]
-    branches = {value.index for each in every if each.shortcut is not None for value in each.branches}
+    axis = _channel_axis(seen, branch)
+    # a layer may end several branches, if their maps have as many dimensions and channels
+    alike = {
+        value.index
+        for each in every
+        if each.shortcut is not None
+        for value in each.branches
+        if len(value.shape) == rank and value.shape[axis] == branch.shape[axis]
+    }
     for end in ends:
-        if all(call.y in branches for call in calls if call.module is end.module):
+        if all(call.y in alike for call in calls if call.module is end.module):
             if hasattr(end.module, ATTENTION) and not isinstance(end.module, Attached):
                 return Skipped(end.name, f"it has a part called {ATTENTION!r} already")
-            axis = _channel_axis(seen, branch)
             size = tuple(side for place, side in enumerate(branch.shape) if place not in (0, axis))
             return Place(end.name, "residual", branch.shape[axis], size, axis == rank - 1)
     if ends:
