@@ -308,3 +308,35 @@ def test_the_fingerprint_of_an_archive(tmp_path: Path) -> None:
     shutil.copy(data / "red" / "001.png", data / "red" / "002.png")
     pack(data, archive)
     assert open_source(archive).fingerprint() != first
+
+
+def test_linked_folders(tmp_path: Path) -> None:
+    plain = write_parts(tmp_path / "plain", train=4, test=3)
+    linked = tmp_path / "linked"
+    (linked / "train").mkdir(parents=True)
+    for name in CLASSES:
+        (linked / "train" / name).symlink_to(plain / "train" / name, target_is_directory=True)
+    (linked / "test").symlink_to(plain / "test", target_is_directory=True)
+    assert listing(linked).found == listing(plain).found
+    assert open_source(linked).fingerprint() == open_source(plain).fingerprint()
+    # other images behind a link are other data
+    (linked / "train" / CLASSES[0]).unlink()
+    (linked / "train" / CLASSES[0]).symlink_to(plain / "test" / CLASSES[0], target_is_directory=True)
+    assert open_source(linked).fingerprint() != open_source(plain).fingerprint()
+
+
+def test_a_folder_linked_into_itself(tmp_path: Path) -> None:
+    data = write_parts(tmp_path / "data", train=4, test=3)
+    before = open_source(data).fingerprint()
+    (data / "train" / CLASSES[0] / "again").symlink_to(data / "train" / CLASSES[0], target_is_directory=True)
+    assert open_source(data).fingerprint() == before
+    assert len(listing(data).found) == 3 * (4 + 3)
+
+
+def test_an_archive_with_a_name_in_capitals(tmp_path: Path) -> None:
+    data = write_parts(tmp_path / "data", train=4, test=3)
+    shutil.make_archive(str(tmp_path / "photos"), "zip", data)
+    (tmp_path / "photos.zip").rename(tmp_path / "PHOTOS.ZIP")
+    source = open_source(tmp_path / "PHOTOS.ZIP")
+    assert source.name == "PHOTOS"
+    assert source.listing(tmp_path / "unpacked").found == listing(data).found

@@ -1,6 +1,7 @@
 """Where images come from: a folder of class folders, an archive of one, or the digits that ship with scikit-learn."""
 
 import hashlib
+import os
 import tarfile
 import zipfile
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ class Source:
             return scan(self.path)
         unpacked.mkdir(parents=True)
         try:
-            if self.path.suffix == ".zip":
+            if self.path.suffix.lower() == ".zip":
                 with zipfile.ZipFile(self.path) as zipped:
                     zipped.extractall(unpacked)
             else:
@@ -101,11 +102,11 @@ def open_source(data: str | Path) -> Source:
     path = Path(data)
     if not path.exists():
         raise DataError(f"No data at {path}: give a folder of class folders, an archive of one, or '{BUILT_IN}'.")
-    if path.is_file() and not path.name.endswith(ARCHIVES):
+    if path.is_file() and not path.name.lower().endswith(ARCHIVES):
         raise DataError(f"{path} is a file, expected a folder of class folders or an archive ({', '.join(ARCHIVES)}).")
     name = path.resolve().name
     for suffix in ARCHIVES:
-        name = name.removesuffix(suffix) if path.is_file() else name
+        name = name[: -len(suffix)] if path.is_file() and name.lower().endswith(suffix) else name
     return Source(name, path)
 
 
@@ -180,12 +181,16 @@ def _images(root: Path, folder: Path, classes: list[str], part: str) -> list[Fou
 
 
 def _files(root: Path) -> list[Path]:
-    """All files below a folder but clutter and what lies in a folder of clutter."""
-    return sorted(
-        path
-        for path in root.rglob("*")
-        if path.is_file() and not any(_is_clutter(Path(part)) for part in path.relative_to(root).parts)
-    )
+    """All files below a folder, through links as well, but clutter and what lies in a folder of clutter."""
+    found: list[Path] = []
+    entered: set[str] = set()
+    for here, folders, files in os.walk(root, followlinks=True):
+        # a folder that links to one above it would be entered for ever
+        entered.add(os.path.realpath(here))
+        links = {name for name in folders if os.path.realpath(Path(here, name)) in entered}
+        folders[:] = [name for name in folders if name not in links and not _is_clutter(Path(name))]
+        found += [Path(here, name) for name in files if not _is_clutter(Path(name))]
+    return sorted(found)
 
 
 def _folders(root: Path) -> list[Path]:

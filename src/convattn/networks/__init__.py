@@ -54,6 +54,8 @@ def create(name: str, *, classes: int | None = None, weights: str | Path | None 
     """
     if classes is not None:
         checks.positive("create", "classes", classes)
+    if not isinstance(name, str):
+        raise UnknownName(f"A network is named by a text, got {name!r}.")
     pretrained = weights == "pretrained"
     network = _build(str(name), classes, pretrained)
     if weights is not None and weights not in ("none", "pretrained"):
@@ -64,6 +66,8 @@ def create(name: str, *, classes: int | None = None, weights: str | Path | None 
 def _build(name: str, classes: int | None, pretrained: bool) -> nn.Module:
     if ".py:" in name:
         return _own(name, classes, pretrained)
+    if name.endswith(".py"):
+        raise UnknownName(f"{name} is a file: name the function in it that returns the network, {name}:FUNCTION.")
     source, _, bare = name.rpartition(":")
     if source == "timm" or (source == "" and bare not in NETWORKS):
         return _timm(bare, classes, pretrained, bare_name=source == "")
@@ -140,8 +144,9 @@ def _own(name: str, classes: int | None, pretrained: bool) -> nn.Module:
     build = _function(path, function)
     accepted = inspect.signature(build).parameters
     options: dict[str, Any] = {}
+    anything = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in accepted.values())
     for key in ("classes", "num_classes"):
-        if classes is not None and key in accepted:
+        if classes is not None and (key in accepted or (anything and key == "classes")):
             options[key] = classes
     if pretrained:
         if "pretrained" not in accepted:

@@ -53,13 +53,17 @@ def gain(results: Mapping[str, Any], *, wide: bool) -> str:
     low, high = span([0.0, smallest, *_ends(variants)], margin=0.08)
     axes.set(xlim=(low, high), ylim=(len(variants) - 0.5, -0.5), yticks=[], xlabel="gain over the baseline, points")
     axes.axvspan(smallest, high, color=colour("zone"), linewidth=0, clip_on=False)
-    axes.axvline(0, color=colour("ink"), linewidth=1, clip_on=False)
-    axes.axvline(smallest, color=colour("worth"), linewidth=1.4, dashes=(4, 3), clip_on=False)
+    # on a narrow sheet the numbers stand above each interval, and the lines must not run through them
+    spans = [(-0.5, len(variants) - 0.5)] if wide else [(place - 0.08, place + 0.5) for place in range(len(variants))]
+    for reach in spans:
+        axes.plot([0, 0], reach, color=colour("ink"), linewidth=1, clip_on=False)
+        axes.plot([smallest] * 2, reach, color=colour("worth"), linewidth=1.4, dashes=(4, 3), clip_on=False)
     ticks(axes.xaxis, 7 if wide else 5, sign=True)
     zero, goal = (left + (width - left - right) * (value - low) / (high - low) for value in (0.0, smallest))
-    # the labels of the two lines grow away from each other and stay on the sheet
-    sheet.text(max(zero - 4, 54), 18, "baseline", size=11, ha="right", color=colour("muted"))
-    sheet.text(min(goal + 4, width - 112), 18, f"worth it from +{short(smallest)}", size=11, color=colour("worth"))
+    # the labels of the two lines grow away from each other and stay on the sheet; where it is narrow, on two lines
+    above, below = (18, 18) if wide else (8, 23)
+    sheet.text(max(zero - 4, 54), above, "baseline", size=11, ha="right", color=colour("muted"))
+    sheet.text(min(goal + 4, width - 112), below, f"worth it from +{short(smallest)}", size=11, color=colour("worth"))
     for place, variant in enumerate(variants):
         _interval(axes, variant, place if wide else place + 0.16)
         (_gain_row_wide if wide else _gain_row_narrow)(sheet, variant, top + row * (place + 0.5))
