@@ -13,7 +13,7 @@ from convattn.compare import folder as folders
 from convattn.compare import stats, verdicts
 from convattn.compare.options import Options
 from convattn.compare.workers import RUNS
-from convattn.data import Images, split
+from convattn.data import Images, Split, split
 from convattn.train import finished
 from convattn.train.checkpoint import BASELINE
 
@@ -54,39 +54,13 @@ def assemble(
                 "gates": _gates([result["gates"] for result in results[name]]),
             }
         )
-    threads = sorted({result["threads"] for runs in results.values() for result in runs})
     found: dict[str, Any] = _rounded(
         {
             "schema": SCHEMA,
             "convattn": convattn.__version__,
             "headline": verdicts.headline([(v["name"], v["verdict"]) for v in variants], options.smallest_gain),
-            "data": {
-                "name": Path(options.data).name,
-                "classes": list(images.classes),
-                "train": len(parts.train),
-                "validation": len(parts.validation),
-                "test": len(parts.test),
-                "test_per_class": np.bincount(labels, minlength=len(images.classes)).tolist(),
-                "fingerprint": folders.plan(folder)["fingerprints"]["images"],
-                "left_out": [{"path": one.path, "reason": one.reason} for one in images.left_out],
-            },
-            "setting": {
-                "backbone": options.backbone,
-                "weights": options.weights or "none",
-                "start": options.start,
-                "epochs": options.epochs,
-                "image_size": images.size,
-                "batch_size": options.batch_size,
-                "latency_batch_size": min(options.batch_size, len(parts.train)),
-                "learning_rate": options.learning_rate,
-                "weight_decay": options.weight_decay,
-                "flip": options.flip,
-                "seeds": list(range(options.seeds)),
-                "smallest_gain_points": options.smallest_gain,
-                "confidence": CONFIDENCE,
-                "threads": threads[0] if len(threads) == 1 else threads,
-                "device": options.device,
-            },
+            "data": _data(options, images, parts, folder),
+            "setting": _setting(options, images, parts, results),
             "command": options.command(),
             "versions": _versions(),
             "could_see_points": _could_see(list(gains.values()), options.seeds),
@@ -95,6 +69,43 @@ def assemble(
         }
     )
     return found
+
+
+def _data(options: Options, images: Images, parts: Split, folder: Path) -> dict[str, Any]:
+    labels = images.labels[parts.test]
+    return {
+        "name": Path(options.data).name,
+        "classes": list(images.classes),
+        "train": len(parts.train),
+        "validation": len(parts.validation),
+        "test": len(parts.test),
+        "test_per_class": np.bincount(labels, minlength=len(images.classes)).tolist(),
+        "fingerprint": folders.plan(folder)["fingerprints"]["images"],
+        "left_out": [{"path": one.path, "reason": one.reason} for one in images.left_out],
+    }
+
+
+def _setting(
+    options: Options, images: Images, parts: Split, results: dict[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
+    threads = sorted({result["threads"] for runs in results.values() for result in runs})
+    return {
+        "backbone": options.backbone,
+        "weights": options.weights or "none",
+        "start": options.start,
+        "epochs": options.epochs,
+        "image_size": images.size,
+        "batch_size": options.batch_size,
+        "latency_batch_size": min(options.batch_size, len(parts.train)),
+        "learning_rate": options.learning_rate,
+        "weight_decay": options.weight_decay,
+        "flip": options.flip,
+        "seeds": list(range(options.seeds)),
+        "smallest_gain_points": options.smallest_gain,
+        "confidence": CONFIDENCE,
+        "threads": threads[0] if len(threads) == 1 else threads,
+        "device": options.device,
+    }
 
 
 def _common(
