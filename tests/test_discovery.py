@@ -9,8 +9,8 @@ from torch import nn
 from convattn import attach, detach, plan
 from convattn.attachment import attached
 from convattn.attachment.sums import sums
-from convattn.attachment.watching import watch
 from convattn.errors import AttachError
+from convattn.networks.watching import watch
 
 
 def layers(channels: int, dimensions: int = 2) -> nn.Sequential:

@@ -110,7 +110,7 @@ def test_random_state_is_left_alone() -> None:
 
 def test_modes_stay_after_a_failure() -> None:
     model = networks.create("torchvision:resnet18").train()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(errors.AttachError, match="does not run on the example"):
         features(model, "layer1", example=torch.randn(1, 5, 64, 64))
     assert all(module.training for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

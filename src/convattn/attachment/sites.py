@@ -6,10 +6,10 @@ from typing import Any
 from torch import nn
 
 from convattn.attachment.sums import Sum, sums
-from convattn.attachment.watching import Call, Value, Watched, watch
 from convattn.attachment.wrapper import ATTENTION, Attached
 from convattn.errors import AttachError
 from convattn.networks.cut import example_for
+from convattn.networks.watching import Call, Value, Watched, watch
 from convattn.nn import Head
 
 CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}

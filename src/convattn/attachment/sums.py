@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import reduce
 
-from convattn.attachment.watching import Value, Watched
+from convattn.networks.watching import Value, Watched
 
 ADDITIONS = ("add", "add_")
 WEIGHTED = ("convolution", "addmm", "mm", "bmm", "baddbmm", "linear")

@@ -4,28 +4,14 @@ Wrapping `list(model.children())[:-2]` keeps layers in the order of definition a
 them in `forward`. Here one forward pass is watched, and the cut is made only where it computes the same.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import nn
 
 from convattn.checks import suggestion
 from convattn.errors import AttachError, UnknownName
+from convattn.networks.watching import INPUT, Call, Watched, watch
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-@dataclass
-class Call:
-    """One call of a module: its input and output tensors, each with the count of in-place changes at that time."""
-
-    name: str
-    module: nn.Module
-    x: torch.Tensor
-    x_version: int
-    y: torch.Tensor | None = None
-    y_version: int = -1
 
 
 def features(model: nn.Module, layer: str, *, example: torch.Tensor | None = None) -> nn.Sequential:
@@ -53,8 +39,7 @@ def features(model: nn.Module, layer: str, *, example: torch.Tensor | None = Non
     if not layer or layer not in names:
         raise UnknownName(f"No layer is called {layer!r}. {suggestion(layer, [name for name in names if name])}")
     x = example_for(model) if example is None else example
-    version = x._version
-    chain = _chain(_watch(model, x), layer, x, version)
+    chain = _chain(watch(model, x), layer)
     cut = nn.Sequential()
     for position, call in enumerate(chain):
         name = call.name.replace(".", "_")
@@ -73,55 +58,17 @@ def example_for(model: nn.Module) -> torch.Tensor:
     return images.to(like.device, like.dtype)
 
 
-def _watch(model: nn.Module, x: torch.Tensor) -> list[Call]:
-    """All calls of one forward pass in eval mode that take one tensor and return one, in order of completion."""
-    calls: list[Call] = []
-    open_calls: list[Call | None] = []
-
-    def before(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            single = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor)
-            open_calls.append(Call(name, module, args[0], args[0]._version) if single else None)
-
-        return hook
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        call = open_calls.pop()
-        if call is not None and isinstance(output, torch.Tensor):
-            call.y, call.y_version = output, output._version
-            calls.append(call)
-
-    modes = {module: module.training for module in model.modules()}
-    handles = []
-    for name, module in model.named_modules():
-        if name:
-            handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(after))
-    try:
-        with torch.no_grad():
-            model.eval()(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
-    return calls
-
-
-def _chain(calls: list[Call], layer: str, x: torch.Tensor, version: int) -> list[Call]:
+def _chain(seen: Watched, layer: str) -> list[Call]:
+    calls = [call for call in seen.calls if call.name and call.alone and call.x is not None and call.y is not None]
     found = [i for i, call in enumerate(calls) if call.name == layer]
     if len(found) != 1:
         times = "is not called with one tensor" if not found else f"is called {len(found)} times"
         raise AttachError(f"The layer {layer!r} {times} in a forward pass, so that the network cannot be cut there.")
-    chain = [calls[found[0]]]
-    start, end = found[0], chain[0]
-    while not (end.x is x and end.x_version == version):
+    start, end = found[0], calls[found[0]]
+    chain = [end]
+    while seen.values[end.x or 0].operator != INPUT:
         # the layers inside a call are completed before it, and none of them can feed it
-        feeding = [
-            i
-            for i in range(start)
-            if calls[i].y is end.x and calls[i].y_version == end.x_version and not _within(calls[i], end)
-        ]
+        feeding = [i for i in range(start) if calls[i].y == end.x and not _within(calls[i], end)]
         if not feeding:
             raise AttachError(
                 f"The input of {end.name!r} is computed outside any layer (a sum, a concatenation or a function in "

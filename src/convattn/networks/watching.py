@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 
 from convattn.errors import AttachError
 
-INPUT, OUTSIDE = "input", "outside"
+INPUT, OUTSIDE, CHANGED = "input", "outside", "changed"
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,16 @@ class Value:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: its first tensor input and its output, None where that is not a single tensor."""
+    """One call of a module: its first tensor input and its output, None where that is not a single tensor.
+
+    `alone` says that the input was its only argument.
+    """
 
     name: str
     module: nn.Module
     x: int | None
     y: int | None
+    alone: bool
 
 
 @dataclass
@@ -67,7 +71,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen = Watched()
-        self.at: dict[int, int] = {}
+        # by address: the value, and the count of in-place changes when it was given
+        self.at: dict[int, tuple[int, int]] = {}
         self.running: list[str] = []
         # identity is by address: nothing that was seen may be freed before the end
         self.alive: list[torch.Tensor] = []
@@ -85,13 +90,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.seen.users.setdefault(one, []).append(index)
         within = self.running[-1] if self.running else ""
         self.seen.values.append(Value(index, operator, inputs, ancestors, tuple(tensor.shape), within, order))
-        self.at[id(tensor)] = index
+        self.at[id(tensor)] = index, tensor._version
         self.alive.append(tensor)
         return index
 
     def value(self, tensor: torch.Tensor) -> int:
-        known = self.at.get(id(tensor))
-        return self.add(tensor, OUTSIDE, ()) if known is None else known
+        if id(tensor) not in self.at:
+            return self.add(tensor, OUTSIDE, ())
+        index, version = self.at[id(tensor)]
+        # changed through a view of it
+        return index if version == tensor._version else self.add(tensor, CHANGED, (index,))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -141,16 +149,18 @@ def watch(model: nn.Module, example: Any) -> Watched:
 
 
 def _hooks(name: str, module: nn.Module, recorder: _Recorder) -> list[Any]:
-    entered: list[int | None] = []
+    entered: list[tuple[int | None, bool]] = []
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)]
-        entered.append(recorder.value(tensors[0]) if tensors else None)
+        alone = len(args) == 1 and not kwargs
+        entered.append((recorder.value(tensors[0]) if tensors else None, alone))
         recorder.running.append(name)
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         recorder.running.pop()
         y = recorder.value(output) if isinstance(output, torch.Tensor) else None
-        recorder.seen.calls.append(Call(name, module, entered.pop(), y))
+        x, alone = entered.pop()
+        recorder.seen.calls.append(Call(name, module, x, y, alone))
 
     return [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
