@@ -10,7 +10,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from convattn.attachment import Plan, Site, attach, detach, plan
+    from convattn.attachment import (
+        Plan,
+        Site,
+        attach,
+        detach,
+        fold,
+        freeze_base,
+        load,
+        parameter_groups,
+        plan,
+        save,
+    )
     from convattn.errors import ConvattnError
     from convattn.layouts import module_from
     from convattn.networks.cut import features
@@ -26,9 +37,14 @@ _HOMES = {
     "attach": "convattn.attachment",
     "detach": "convattn.attachment",
     "features": "convattn.networks.cut",
+    "fold": "convattn.attachment",
+    "freeze_base": "convattn.attachment",
+    "load": "convattn.attachment",
     "module_from": "convattn.layouts",
     "names": "convattn.registry",
+    "parameter_groups": "convattn.attachment",
     "plan": "convattn.attachment",
+    "save": "convattn.attachment",
 }
 _ROOMS = ("attachment", "compare", "cost", "data", "errors", "layouts", "networks", "nn", "ops", "reporting", "showing")
 
@@ -40,9 +56,14 @@ __all__ = [
     "attach",
     "detach",
     "features",
+    "fold",
+    "freeze_base",
+    "load",
     "module_from",
     "names",
+    "parameter_groups",
     "plan",
+    "save",
 ]
 
 

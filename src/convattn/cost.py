@@ -8,10 +8,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def measure(module: nn.Module, example: torch.Tensor, *, repeats: int = 10) -> C
         >>> measure(SqueezeExcite(64), torch.randn(1, 64, 8, 8)).parameters
         512
     """
-    latency, _ = interleaved({"module": lambda: _infer(module, example)}, repeats=repeats)
+    latency, _ = interleaved({"module": lambda: _output(module, example)}, repeats=repeats)
     return Cost(parameters(module), multiply_adds(module, example), latency["module"], saved_bytes(module, example))
 
 
@@ -56,11 +58,36 @@ def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def multiply_adds(module: nn.Module, example: torch.Tensor) -> int:
+def multiply_adds(module: nn.Module, *inputs: torch.Tensor) -> int:
     """Multiply-adds of convolutions and matrix products in one inference; products with a gate count as nothing."""
-    with FlopCounterMode(display=False) as counter:
-        _infer(module, example)
-    return int(counter.get_total_flops()) // 2
+    return counted(module, *inputs)[1]
+
+
+def counted(module: nn.Module, *inputs: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """What a module gives in eval mode and without gradients, and the multiply-adds of that."""
+    with _Counter() as counter:
+        y = _output(module, *inputs)
+    return y, int(counter.operations) // 2
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts floating-point operations, without importing PyTorch's compiler as its own counter does."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            self.operations += int(flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result))
+        return result
 
 
 def saved_bytes(module: nn.Module, example: torch.Tensor) -> int:
@@ -135,11 +162,11 @@ def _synchronize(device: torch.device | None) -> None:
         torch.cuda.synchronize(device)
 
 
-def _infer(module: nn.Module, example: torch.Tensor) -> None:
+def _output(module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
     modes = {part: part.training for part in module.modules()}
     try:
         with torch.no_grad():
-            module.eval()(example)
+            return module.eval()(*inputs)  # type: ignore[no-any-return]
     finally:
         for part, mode in modes.items():
             part.training = mode

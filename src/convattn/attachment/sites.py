@@ -1,163 +1,301 @@
 """Where attention can stand in a network. Pure: a model in, places out."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
-from convattn.attachment.sums import Sum, sums
+from convattn.attachment import blocks, pooling
+from convattn.attachment.maps import Maps
+from convattn.attachment.sums import ACTIVATIONS, Sum, sums
 from convattn.attachment.wrapper import ATTENTION, Attached
-from convattn.errors import AttachError
-from convattn.networks.cut import example_for
-from convattn.networks.watching import Call, Value, Watched, watch
-from convattn.nn import Head
+from convattn.networks.watching import Call, Value
 
-CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
-# operators whose result has its channels in the second dimension, and those that have them in the last
-CHANNELS_FIRST = (
-    "convolution",
-    "batch_norm",
-    "native_batch_norm",
-    "_native_batch_norm",
-    "native_group_norm",
-    "upsample",
-)
-CHANNELS_LAST = ("native_layer_norm", "addmm", "mm", "linear", "bmm", "_unsafe_view")
+PLACES = ("residual", "residual-pre", "residual-post", "shortcut", "block", "stage", "final", "layer", "pool")
 
 
 @dataclass(frozen=True)
 class Place:
-    """A layer on whose output attention can stand: its name, what it is, and the map that it gives.
+    """A layer at which attention can stand, and the map there.
 
-    `size` are the map's spatial dimensions on the example; the channels are its second dimension or its last.
+    `side` tells where: `after` or `before` the layer; for a head `pool`, beside the layer that pools, `map`, on the map
+    that a function pools, or `vector`, on the vector that a function pooled, the map being that of the layer `source`
+    after `functions`. `size` are the map's spatial dimensions on the example, `width` is that of the pooled vector,
+    `alone` says that the layer takes one tensor and nothing else.
     """
 
     name: str
     place: str
     channels: int
     size: tuple[int, ...]
-    channels_last: bool = False
+    channels_last: bool
+    side: str = "after"
+    alone: bool = True
+    stage: int | None = None
+    width: int = 0
+    pool: str = "mean"
+    source: str = ""
+    functions: tuple[tuple[str, tuple[Any, ...]], ...] = ()
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A sum at which nothing can stand: a layer near it, and the reason."""
+    """A place at which nothing can stand: a layer near it, and the reason."""
 
     name: str
     reason: str
 
 
-def residual(model: nn.Module, example: Any = None) -> tuple[list[Place], list[Skipped]]:
-    """The last layer of every residual branch, just before the sum; and the sums without such a place.
+Found = Place | Skipped
+
+
+class Survey:
+    """The places of a network, from one forward pass on an example.
 
     Raises:
-        AttachError: the network has no residual sum, or does not run on the example.
+        AttachError: the network does not run on the example.
     """
-    seen = watch(model, example_for(model) if example is None else example)
-    wrapped = {call.name for call in seen.calls if isinstance(call.module, Attached)}
-    found = [one for one in sums(seen) if not _is_within(one.value.within, wrapped)]
-    calls = [call for call in seen.calls if call.name in wrapped or not _is_within(call.name, wrapped)]
-    rank = max((len(value.shape) for value in seen.values if value.operator == "input"), default=4)
-    places: dict[int, Place] = {}
-    skipped = [Skipped(one.value.within, one.reason) for one in found if one.shortcut is None]
-    for one in (one for one in found if one.shortcut is not None):
-        for branch in one.branches:
-            place = _place(seen, calls, one, branch, rank, found)
-            if isinstance(place, Skipped):
-                skipped.append(place)
+
+    def __init__(self, model: nn.Module, example: Any) -> None:
+        self.model = model
+        self.maps = Maps(model, example)
+
+    def find(self, at: str) -> tuple[list[Place], list[Skipped]]:
+        """The places of one kind, in the order of the network, and where there is none though one might expect it."""
+        found: dict[str, Callable[[], Iterable[Found]]] = {
+            "residual": self._residual,
+            "residual-pre": self._before,
+            "residual-post": self._post,
+            "shortcut": self._shortcuts,
+            "block": self._blocks,
+            "stage": self._stages,
+            "final": self._final,
+            "layer": self._layers,
+            "pool": self._pool,
+        }
+        places: dict[int, Place] = {}
+        skipped: list[Skipped] = []
+        for one in found[at]():
+            if isinstance(one, Skipped):
+                skipped.append(one)
             else:
                 # a layer that ends several branches is one place
-                places.setdefault(id(model.get_submodule(place.name)), place)
-    if not places:
-        reasons = "; ".join(dict.fromkeys(one.reason for one in skipped))
-        raise AttachError(
-            f"{type(model).__name__} has no residual block before whose sum a gate could stand"
-            f"{f' ({reasons})' if reasons else ''}. The model was not changed."
-        )
-    return list(places.values()), skipped
+                places.setdefault(id(self.model.get_submodule(one.name)), replace(one, place=at))
+        return list(places.values()), list(dict.fromkeys(skipped))
+
+    @cached_property
+    def sums(self) -> list[Sum]:
+        """All sums of maps but those inside of attention that is attached already."""
+        return [one for one in sums(self.maps.seen) if not self.maps.is_attention(one.value.within)]
+
+    @cached_property
+    def residual_sums(self) -> list[Sum]:
+        return [one for one in self.sums if one.shortcut is not None and self.maps.is_map(one.value)]
+
+    @cached_property
+    def block_ends(self) -> list[Value]:
+        return blocks.ends(self.maps, [one.value for one in self.residual_sums])
+
+    @cached_property
+    def stage_ends(self) -> list[blocks.Stage]:
+        return blocks.stages(self.maps, [one.value for one in self.residual_sums], self.block_ends)
+
+    def _residual(self) -> Iterable[Found]:
+        yield from self._not_residual()
+        targets = [branch for one in self.residual_sums for branch in one.branches]
+        for one in self.residual_sums:
+            for branch in one.branches:
+                yield self._after(branch, targets, near=one.value.within, what="the branch", innermost=True)
+
+    def _not_residual(self) -> Iterable[Skipped]:
+        for one in self.sums:
+            if one.shortcut is None:
+                yield Skipped(one.value.within, one.reason)
+            elif not self.maps.is_map(one.value):
+                yield Skipped(one.value.within, "a sum of tokens, not of maps")
+
+    def _before(self) -> Iterable[Found]:
+        firsts = [self._first_layer(one, branch) for one in self.residual_sums for branch in one.branches]
+        chosen = [(call.module, call.first) for call in firsts if isinstance(call, Call)]
+        for call in firsts:
+            if isinstance(call, Skipped):
+                yield call
+            elif any(
+                each.module is call.module and (each.module, each.first) not in chosen for each in self.maps.calls
+            ):
+                yield Skipped(call.name, "it is used elsewhere as well")
+            elif _has_part(call.module):
+                yield Skipped(call.name, f"it has a part called {ATTENTION!r} already")
+            else:
+                yield self._place(call, self.maps.seen.values[call.x or 0], side="before")
+
+    def _first_layer(self, one: Sum, branch: Value) -> Call | Skipped:
+        """The layer with which a branch begins: all that the branch takes from outside comes in there."""
+        seen, shortcut = self.maps.seen, one.shortcut
+        if shortcut is None:
+            return Skipped(one.value.within, one.reason)
+        common = branch.ancestors & shortcut.ancestors
+        path = [seen.values[index] for index in _bits(branch.ancestors & ~common)]
+        entries = [
+            value
+            for value in path
+            if any(common >> index & 1 and seen.is_data(seen.values[index]) for index in value.inputs)
+        ]
+        sources = {
+            index
+            for value in entries
+            for index in value.inputs
+            if common >> index & 1 and seen.is_data(seen.values[index])
+        }
+        if len(sources) == 1:
+            (source,) = sources
+            outside = {one.value.index, shortcut.index} if shortcut.index not in sources else {one.value.index}
+            calls = [
+                call
+                for call in self.maps.calls
+                if call.x == source
+                and call.alone
+                and self.maps.is_map(seen.values[source])
+                and all(call.first <= value.index < call.last for value in entries)
+                and not any(call.first <= index < call.last for index in outside)
+            ]
+            if calls:
+                return min(calls, key=lambda call: call.last - call.first)
+        return Skipped(one.value.within, "the branch does not begin with one layer that takes one map")
+
+    def _post(self) -> Iterable[Found]:
+        targets = [self._activated(one.value) for one in self.residual_sums]
+        for one, target in zip(self.residual_sums, targets, strict=True):
+            found = self._after(target, targets, near=one.value.within)
+            if isinstance(found, Skipped) and target is not one.value:
+                found = self._after(
+                    one.value, [*targets, *(each.value for each in self.residual_sums)], near=one.value.within
+                )
+            yield found
+
+    def _activated(self, total: Value) -> Value:
+        """A sum after the activation with which its block ends."""
+        users = self.maps.users(total)
+        if (
+            len(users) == 1
+            and users[0].operator.rstrip("_") in ACTIVATIONS
+            and users[0].within.startswith(total.within)
+        ):
+            return users[0]
+        return total
+
+    def _shortcuts(self) -> Iterable[Found]:
+        targets = [one.shortcut for one in self.residual_sums if one.shortcut is not None]
+        for one in self.residual_sums:
+            value = one.shortcut
+            if value is None:
+                continue
+            if all(user.index == one.value.index for user in self.maps.users(value)):
+                yield self._after(value, targets, near=one.value.within)
+            else:
+                yield self._passed_on(one, value)
+
+    def _passed_on(self, one: Sum, value: Value) -> Found:
+        """The place on a shortcut that is the block's input, where a layer of its own passes it on."""
+        entered = min((user.index for user in self.maps.users(value) if user.index != one.value.index), default=0)
+        for call in self.maps.calls:
+            passes = call.x == call.y == value.index and call.name.startswith(f"{one.value.within}.")
+            # a layer that came before the branch took its input would stand on the branch as well
+            if passes and call.alone and entered < call.first <= one.value.index and not _has_part(call.module):
+                return self._place(call, value)
+        return Skipped(one.value.within, "the shortcut is the block's input itself, without a layer of its own")
+
+    def _blocks(self) -> Iterable[Found]:
+        for value in self.block_ends:
+            yield self._after(value, self.block_ends, near=value.within)
+
+    def _stages(self) -> Iterable[Found]:
+        ends = [stage.end for stage in self.stage_ends if stage.end is not None]
+        for number, stage in enumerate(self.stage_ends, 1):
+            if stage.end is None:
+                yield Skipped(stage.last.within, f"stage {number} ends in no layer through which all of it goes")
+            else:
+                yield self._after(stage.end, ends, near=stage.end.within)
+
+    def _final(self) -> Iterable[Found]:
+        pools = pooling.find(self.maps)
+        end = pooling.last_map(self.maps, pools[-1].map) if pools else None
+        if end is None and self.stage_ends:
+            end = self.stage_ends[-1].end
+        if end is not None:
+            yield self._after(end, [end], near=end.within)
+
+    def _layers(self) -> Iterable[Found]:
+        for call in self.maps.calls:
+            value = None if call.y is None else self.maps.seen.values[call.y]
+            if value is not None and self.maps.is_map(value) and not _has_part(call.module):
+                alike = [each.y for each in self.maps.calls if each.module is call.module]
+                shapes = {self.maps.kind(self.maps.seen.values[y]) if y is not None else None for y in alike}
+                if len(shapes) == 1:
+                    yield self._place(call, value)
+
+    def _pool(self) -> Iterable[Found]:
+        for one in pooling.find(self.maps):
+            if one.layer is None:
+                yield Skipped(one.map.within, one.reason)
+            elif _has_part(one.layer.module):
+                yield Skipped(one.layer.name, f"it has a part called {ATTENTION!r} already")
+            else:
+                place = self._place(one.layer, one.map, side=one.side)
+                yield replace(place, width=one.width, pool=one.pool, source=one.source, functions=one.functions)
+
+    def _after(
+        self, value: Value, targets: list[Value], *, near: str, what: str = "it", innermost: bool = False
+    ) -> Found:
+        """The layer whose output is a value and which gives nothing but such values."""
+        if not self.maps.is_map(value):
+            return Skipped(near, "a sum of tokens, not of maps")
+        kind = self.maps.kind(value)
+        alike = {each.index for each in targets if self.maps.is_map(each) and self.maps.kind(each) == kind}
+        calls = self.maps.by_output.get(value.index, [])
+        # those that computed the value before those that only pass it on
+        ends = [call for call in calls if call.x != call.y]
+        if not innermost:
+            # the outermost, but what is in a container before the container
+            ends = [each for each in ends[::-1] if not _is_container(each)] + [
+                each for each in ends if _is_container(each)
+            ]
+        ends += [call for call in calls if call.x == call.y]
+        ends.sort(key=lambda call: not call.alone)
+        reasons = []
+        for end in ends:
+            if any(call.y not in alike for call in self.maps.calls_of(end.module)):
+                reasons.append(Skipped(end.name, "its output is used elsewhere as well"))
+            elif _has_part(end.module):
+                reasons.append(Skipped(end.name, f"it has a part called {ATTENTION!r} already"))
+            else:
+                return self._place(end, value)
+        return reasons[0] if reasons else Skipped(near, f"{what} ends in a function ({value.operator}), not in a layer")
+
+    def _place(self, call: Call, value: Value, side: str = "after") -> Place:
+        axis, last = self.maps.axis(value), len(value.shape) - 1
+        size = tuple(length for dimension, length in enumerate(value.shape) if dimension not in (0, axis))
+        return Place(call.name, "", value.shape[axis], size, axis == last, side, call.alone, self._stage_of(value))
+
+    def _stage_of(self, value: Value) -> int | None:
+        ends = [stage.last.index if stage.end is None else stage.end.index for stage in self.stage_ends]
+        after = [number for number, end in enumerate(ends, 1) if value.index <= end]
+        return after[0] if after else len(ends) or None
 
 
-def pool(model: nn.Module) -> list[Place]:
-    """The global pooling layer before the classifier.
-
-    Raises:
-        AttachError: the network has no such layer of its own, or several.
-    """
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    found = [(name, module) for name, module in model.named_children() if _pools_globally(module)]
-    if len(found) != 1 or not linear:
-        listed = ", ".join(name for name, _ in found) or "none"
-        raise AttachError(
-            f"{type(model).__name__} needs exactly one global pooling layer, as a layer of its own, and a linear "
-            f"classifier behind it for a pooling head; found: {listed}. The model was not changed."
-        )
-    name, _ = found[0]
-    convolution = next((module for module in model.modules() if type(module) in CONVOLUTIONS), None)
-    dimensions = CONVOLUTIONS[type(convolution)] if convolution is not None else 2
-    # of no particular size
-    return [Place(name, "pool", linear[-1].in_features, (1,) * dimensions)]
+def _has_part(module: nn.Module) -> bool:
+    return hasattr(module, ATTENTION) and not isinstance(module, Attached)
 
 
-def _place(seen: Watched, calls: list[Call], one: Sum, branch: Value, rank: int, every: list[Sum]) -> Place | Skipped:
-    near = one.value.within
-    if len(branch.shape) != rank:
-        return Skipped(near, "a sum of tokens, not of maps")
-    ends = [call for call in calls if call.y == branch.index and call.name]
-    # the layer that computed the value, before those that only pass it on
-    ends = [call for call in ends if call.x != call.y] + [call for call in ends if call.x == call.y]
-    axis = _channel_axis(seen, branch)
-    # a layer may end several branches, if their maps have as many dimensions and channels
-    alike = {
-        value.index
-        for each in every
-        if each.shortcut is not None
-        for value in each.branches
-        if len(value.shape) == rank and value.shape[axis] == branch.shape[axis]
-    }
-    for end in ends:
-        if all(call.y in alike for call in calls if call.module is end.module):
-            if hasattr(end.module, ATTENTION) and not isinstance(end.module, Attached):
-                return Skipped(end.name, f"it has a part called {ATTENTION!r} already")
-            size = tuple(side for place, side in enumerate(branch.shape) if place not in (0, axis))
-            return Place(end.name, "residual", branch.shape[axis], size, axis == rank - 1)
-    if ends:
-        return Skipped(ends[0].name, "its output is used elsewhere as well")
-    return Skipped(near, f"the branch ends in a function ({branch.operator}), not in a layer")
+def _is_container(call: Call) -> bool:
+    layer = call.module.inner if isinstance(call.module, Attached) else call.module
+    return isinstance(layer, nn.Sequential)
 
 
-def _channel_axis(seen: Watched, value: Value) -> int:
-    """The dimension of a value that counts its channels, from the operators that it was computed by."""
-    last = len(value.shape) - 1
-    if value.operator.startswith(CHANNELS_FIRST):
-        return 1
-    if value.operator.startswith(CHANNELS_LAST):
-        return last
-    data = [seen.values[one] for one in value.inputs if seen.is_data(seen.values[one])]
-    if value.operator in ("permute", "transpose") and data:
-        before = _channel_axis(seen, data[0])
-        if value.operator == "permute":
-            return [dimension % (last + 1) for dimension in value.order].index(before)
-        swapped = [dimension % (last + 1) for dimension in value.order]
-        return swapped[1 - swapped.index(before)] if before in swapped else before
-    alike = [one for one in data if len(one.shape) == len(value.shape)]
-    if alike:
-        return _channel_axis(seen, alike[0])
-    # reshaped: the last dimension stays the last
-    if data and data[0].shape and _channel_axis(seen, data[0]) == len(data[0].shape) - 1:
-        return last
-    return 1
-
-
-def _is_within(name: str, wrapped: set[str]) -> bool:
-    return any(name == one or name.startswith(f"{one}.") for one in wrapped)
-
-
-def _pools_globally(module: nn.Module) -> bool:
-    layer = module.inner if isinstance(module, Attached) else module
-    if isinstance(layer, nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d | nn.AdaptiveAvgPool3d):
-        sizes = layer.output_size if isinstance(layer.output_size, tuple) else (layer.output_size,)
-        return all(size == 1 for size in sizes)
-    # timm's global pooling layer, unless it has been switched off
-    if type(layer).__name__ == "SelectAdaptivePool2d":
-        return getattr(layer, "pool_type", "") not in ("", None) and layer.feat_mult() == 1  # type: ignore[operator]
-    return isinstance(layer, Head)
+def _bits(ancestors: int) -> Iterable[int]:
+    while ancestors:
+        lowest = ancestors & -ancestors
+        yield lowest.bit_length() - 1
+        ancestors ^= lowest

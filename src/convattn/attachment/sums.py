@@ -21,6 +21,23 @@ NONLINEAR = (
     "clamp",
     "max_pool",
 )
+# activations that are functions of one tensor
+ACTIVATIONS = (
+    "relu",
+    "silu",
+    "gelu",
+    "sigmoid",
+    "tanh",
+    "hardtanh",
+    "hardswish",
+    "hardsigmoid",
+    "elu",
+    "leaky_relu",
+    "mish",
+    "softplus",
+    "clamp",
+    "clamp_min",
+)
 RESCALING = ("upsample", "grid_sampler", "pixel_shuffle")
 
 

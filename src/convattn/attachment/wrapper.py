@@ -6,10 +6,12 @@ converting passes drop hooks silently; a child module and no subclass of the lay
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
+
+from convattn import ops
 
 # distinctive, since it is taken out of keys wherever it stands
 INNER = "convattn_inner"
@@ -17,13 +19,28 @@ ATTENTION = "attention"
 
 
 class Attached(nn.Module):
-    """A layer with attention on its output."""
+    """A layer with attention on its output.
+
+    Args:
+        inner: the layer.
+        attention: what stands behind it; it takes and gives maps with their channels in the second dimension.
+        site: what was planned for this place.
+        channels_last: whether the layer's maps have their channels in the last dimension.
+    """
 
     # a scripted wrapper has its layer as an attribute
-    __jit_unused_properties__ = ("inner",)
+    __jit_unused_properties__ = ("inner", "site")
+    __jit_ignored_attributes__ = ("convattn_site",)
 
-    def __init__(self, inner: nn.Module, attention: nn.Module) -> None:
+    # distinctive as well: other names are read from the layer and set there
+    convattn_last: Final[bool]
+
+    def __init__(
+        self, inner: nn.Module, attention: nn.Module, *, site: Any = None, channels_last: bool = False
+    ) -> None:
         super().__init__()
+        self.convattn_site = site
+        self.convattn_last = channels_last
         self.add_module(INNER, inner)
         self.attention = attention
         self.register_load_state_dict_post_hook(_name_plainly)  # type: ignore[no-untyped-call]
@@ -34,9 +51,24 @@ class Attached(nn.Module):
         """The layer as it was."""
         return self._modules[INNER]  # type: ignore[return-value]
 
+    @property
+    def site(self) -> Any:
+        """What was planned for this place."""
+        return self.convattn_site
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output, gated."""
-        return self.attention(self.convattn_inner(x))  # type: ignore[no-any-return]
+        return self.convattn_gated(self.convattn_inner(x))
+
+    def convattn_gated(self, y: torch.Tensor) -> torch.Tensor:
+        """A map of the layer's memory order, gated."""
+        if self.convattn_last:
+            return self.attention(y.movedim(-1, 1)).movedim(1, -1)  # type: ignore[no-any-return]
+        return self.attention(y)  # type: ignore[no-any-return]
+
+    def convattn_map(self, x: torch.Tensor) -> torch.Tensor:
+        """A map with its channels in the second dimension."""
+        return x.movedim(-1, 1) if self.convattn_last else x
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Register a child; converting passes put another inner layer in place this way."""
@@ -108,13 +140,20 @@ class Attached(nn.Module):
             return getattr(modules[INNER], name)
 
 
-class AttachedLast(Attached):
-    """A layer with attention on its output, whose channels are the last dimension."""
+class AttachedMany(Attached):
+    """A layer that takes more than one tensor, with attention on its output."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The layer's output, gated."""
+        return self.convattn_gated(self.convattn_inner(*args, **kwargs))
+
+
+class AttachedBefore(Attached):
+    """A layer with attention on its input."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The layer's output, gated."""
-        y = self.convattn_inner(x)
-        return self.attention(y.movedim(-1, 1)).movedim(1, -1)  # type: ignore[no-any-return]
+        """The layer's output for the gated input."""
+        return self.convattn_inner(self.convattn_gated(x))  # type: ignore[no-any-return]
 
 
 class AttachedHead(Attached):
@@ -122,29 +161,132 @@ class AttachedHead(Attached):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The pooled map, blended with the head's vector, in the shape that the layer gives."""
-        return self.attention(x, self.convattn_inner(x))  # type: ignore[no-any-return]
+        return self.attention(self.convattn_map(x), self.convattn_inner(x))  # type: ignore[no-any-return]
+
+
+class AttachedMap(Attached):
+    """A layer whose map is pooled by a function, which no module can stand for.
+
+    What the head adds to the pooled vector is added to every position of the map: the mean and the maximum of a map
+    move with it by just that.
+    """
+
+    convattn_pool: Final[str]
+
+    def __init__(self, inner: nn.Module, attention: nn.Module, *, pool: str, **options: Any) -> None:
+        super().__init__(inner, attention, **options)
+        self.convattn_pool = pool
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer's map, shifted."""
+        y = self.convattn_inner(x)
+        z = self.convattn_map(y)
+        pooled = ops.squeeze(z, self.convattn_pool)
+        shift = torch.nan_to_num(self.attention(z, pooled) - pooled)
+        shifted = z + ops.broadcast(shift, z.dim() - 2)
+        return shifted.movedim(1, -1) if self.convattn_last else shifted
+
+
+class Passage:
+    """Where a layer leaves its map for a head that stands further on, for the time of one forward pass."""
+
+    def __init__(self) -> None:
+        self.x: torch.Tensor | None = None
+
+
+class AttachedSource(Attached):
+    """A layer that leaves its map in a passage; it has no attention of its own."""
+
+    def __init__(self, inner: nn.Module, passage: Passage, **options: Any) -> None:
+        super().__init__(inner, nn.Identity(), **options)
+        self.convattn_passage = passage
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer's output as it is."""
+        y = self.convattn_inner(x)
+        self.convattn_passage.x = y
+        return y  # type: ignore[no-any-return]
+
+
+class AttachedVector(Attached):
+    """A layer that takes a vector pooled by a function, with a head on the map that was pooled.
+
+    The map is that of an `AttachedSource`, after the functions that the network applies to it before it pools: each
+    is named as an operator of PyTorch, with its further arguments.
+    """
+
+    def __init__(
+        self,
+        inner: nn.Module,
+        attention: nn.Module,
+        passage: Passage,
+        functions: tuple[tuple[str, tuple[Any, ...]], ...],
+        **options: Any,
+    ) -> None:
+        super().__init__(inner, attention, **options)
+        self.convattn_passage = passage
+        self.convattn_functions = functions
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        """The layer's output for the vector, blended with the head's."""
+        x = self.convattn_passage.x
+        # the graph of this pass ends here: nothing is kept until the next one
+        self.convattn_passage.x = None
+        for name, arguments in self.convattn_functions:
+            x = getattr(torch.ops.aten, name)(x, *arguments)
+        return self.convattn_inner(self.attention(self.convattn_map(x), pooled))  # type: ignore[arg-type,no-any-return]
+
+
+class Blended(nn.Module):
+    """Any module from maps to maps of the same shape, blended from outside: y = x + strength * (module(x) - x).
+
+    Without `strength`, y is the module's.
+    """
+
+    strength: nn.Parameter | None
+
+    def __init__(self, module: nn.Module, *, start: str) -> None:
+        super().__init__()
+        self.module = module
+        self.register_parameter("strength", nn.Parameter(torch.zeros(1)) if start == "identity" else None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """A map to one of the same shape and dtype."""
+        y: torch.Tensor = self.module(x).to(x.dtype)
+        strength = self.strength
+        if strength is None:
+            return y
+        return x + (strength * torch.nan_to_num(y - x)).to(x.dtype)
 
 
 class BlendedHead(nn.Module):
     """A pooling head beside a network's own pooling: y = pooled + strength * (head(x) - pooled).
 
-    Without `strength`, y is the head's vector.
+    Without `strength`, y is the head's vector. A head whose vector is not as wide as the pooled one is followed by a
+    linear map to that width, so that the classifier behind stays.
     """
 
     strength: nn.Parameter | None
 
-    def __init__(self, head: nn.Module, *, start: str) -> None:
+    def __init__(self, head: nn.Module, *, width: int, features: int, start: str) -> None:
         super().__init__()
         self.head = head
+        self.project = nn.Linear(features, width) if features != width else None
         self.register_parameter("strength", nn.Parameter(torch.zeros(1)) if start == "identity" else None)
+
+    def vector(self, x: torch.Tensor) -> torch.Tensor:
+        """The head's vector (B, width) of a map (B, C, *spatial)."""
+        y: torch.Tensor = self.head(x)
+        project = self.project
+        return y if project is None else project(y)
 
     def forward(self, x: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
         """A map and its pooled version to the blended one, of the latter's shape and dtype."""
-        vector: torch.Tensor = self.head(x).reshape(pooled.shape).to(pooled.dtype)
+        vector = self.vector(x).reshape(pooled.shape).to(pooled.dtype)
         strength = self.strength
         if strength is None:
             return vector
-        return pooled + (strength * (vector - pooled)).to(pooled.dtype)
+        return pooled + (strength * torch.nan_to_num(vector - pooled)).to(pooled.dtype)
 
 
 def _name_plainly(module: nn.Module, incompatible: Any) -> None:

@@ -23,7 +23,7 @@ class Value:
     """One tensor at one time: the operator that gave it, what that was given, and all values that it depends on.
 
     `ancestors` has a bit set for every value that this one depends on, itself included; `within` is the name of the
-    innermost module that was running; `order` are the dimensions of a permutation.
+    innermost module that was running; `arguments` are those behind the first one, where no tensor is among them.
     """
 
     index: int
@@ -32,7 +32,7 @@ class Value:
     ancestors: int
     shape: tuple[int, ...]
     within: str
-    order: tuple[int, ...] = ()
+    arguments: tuple[Any, ...] = ()
 
     def depends_on(self, other: "Value") -> bool:
         """Whether this value was computed from another one."""
@@ -43,19 +43,26 @@ class Value:
 class Call:
     """One call of a module: its first tensor input and its output, None where that is not a single tensor.
 
-    `alone` says that the input was its only argument.
+    `outputs` are all tensors in what it returned; `alone` says that the input was its only argument; the values that it
+    computed are those from `first` up to, not including, `last`.
     """
 
     name: str
     module: nn.Module
     x: int | None
     y: int | None
+    outputs: tuple[int, ...]
     alone: bool
+    first: int
+    last: int
 
 
 @dataclass
 class Watched:
-    """What one forward pass showed: values and calls in the order of their completion, and the network's input."""
+    """What one forward pass showed: values and calls in the order of their completion, the network's input and output.
+
+    `inputs` has a bit set for every value that the network was given; the last call is that of the network itself.
+    """
 
     values: list[Value] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
@@ -82,14 +89,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # there is no compiler to hide from, and hiding would import all of it: seconds, and packages of its own
         return False
 
-    def add(self, tensor: torch.Tensor, operator: str, inputs: tuple[int, ...], order: tuple[int, ...] = ()) -> int:
+    def add(self, tensor: torch.Tensor, operator: str, inputs: tuple[int, ...], arguments: tuple[Any, ...] = ()) -> int:
         index = len(self.seen.values)
         ancestors = 1 << index
         for one in inputs:
             ancestors |= self.seen.values[one].ancestors
             self.seen.users.setdefault(one, []).append(index)
         within = self.running[-1] if self.running else ""
-        self.seen.values.append(Value(index, operator, inputs, ancestors, tuple(tensor.shape), within, order))
+        self.seen.values.append(Value(index, operator, inputs, ancestors, tuple(tensor.shape), within, arguments))
         self.at[id(tensor)] = index, tensor._version
         self.alive.append(tensor)
         return index
@@ -104,13 +111,19 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = [one for one in tree_flatten((args, kwargs or {}))[0] if isinstance(one, torch.Tensor)]
+        given = _tensors((args, kwargs or {}))
         inputs = tuple(self.value(tensor) for tensor in given)
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        order = tuple(args[1]) if name == "permute" else tuple(args[1:3]) if name == "transpose" else ()
-        for tensor in (one for one in tree_flatten(result)[0] if isinstance(one, torch.Tensor)):
-            self.add(tensor, name, inputs, order)
+        arguments = tuple(args[1:]) if len(given) == 1 else ()
+        # of several results those that are empty in eval mode, such as saved statistics, are none
+        for tensor in (
+            [result] if isinstance(result, torch.Tensor) else [one for one in _tensors(result) if one.numel()]
+        ):
+            index = self.add(tensor, name, inputs, arguments)
+            if any(tensor is one for one in given):
+                # changed in place: counted once this returns
+                self.at[id(tensor)] = index, tensor._version + 1
         return result
 
 
@@ -125,7 +138,7 @@ def watch(model: nn.Module, example: Any) -> Watched:
     recorder = _Recorder()
     args = example if isinstance(example, tuple) else () if isinstance(example, dict) else (example,)
     kwargs = example if isinstance(example, dict) else {}
-    for tensor in (one for one in tree_flatten((args, kwargs))[0] if isinstance(one, torch.Tensor)):
+    for tensor in _tensors((args, kwargs)):
         recorder.seen.inputs |= 1 << recorder.add(tensor, INPUT, ())
     modes = {module: module.training for module in model.modules()}
     handles: list[Any] = []
@@ -148,19 +161,25 @@ def watch(model: nn.Module, example: Any) -> Watched:
     return recorder.seen
 
 
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [one for one in tree_flatten(tree)[0] if isinstance(one, torch.Tensor)]
+
+
 def _hooks(name: str, module: nn.Module, recorder: _Recorder) -> list[Any]:
-    entered: list[tuple[int | None, bool]] = []
+    entered: list[tuple[int | None, bool, int]] = []
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)]
-        alone = len(args) == 1 and not kwargs
-        entered.append((recorder.value(tensors[0]) if tensors else None, alone))
+        alone = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor)
+        x = recorder.value(tensors[0]) if tensors else None
+        entered.append((x, alone, len(recorder.seen.values)))
         recorder.running.append(name)
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         recorder.running.pop()
-        y = recorder.value(output) if isinstance(output, torch.Tensor) else None
-        x, alone = entered.pop()
-        recorder.seen.calls.append(Call(name, module, x, y, alone))
+        outputs = tuple(recorder.value(tensor) for tensor in _tensors(output))
+        x, alone, first = entered.pop()
+        y = outputs[0] if isinstance(output, torch.Tensor) else None
+        recorder.seen.calls.append(Call(name, module, x, y, outputs, alone, first, len(recorder.seen.values)))
 
     return [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]

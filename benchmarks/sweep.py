@@ -1,0 +1,271 @@
+"""Attach to every kind of convolutional network: the smallest of every timm file, and all that torchvision builds.
+
+python benchmarks/sweep.py [--only resnet] [--jobs 2] [--attention se] [--markdown FILE]
+
+For each network whose features are a map, and each place: the number of sites; whether the output of the fresh
+attention is equal to the bit, in eval and in train mode; whether the gradient reaches every site; whether each moved
+gate changes the output; whether `detach` brings the network back. Weights are random, and no norm is zero, so that no
+branch is silent. At the end every failure is named with its reason, and the exit status is 1 if there is any.
+"""
+
+import argparse
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import convattn
+from convattn.attachment import attached
+from convattn.errors import AttachError
+
+PLACES = ("residual", "block", "stage", "final", "pool")
+SIDES = (64, 96, 128, 160, 224, 256)
+# no more multiply-adds than a laptop does in a minute
+TOO_LARGE = 700_000_000
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was seen at one place of one network; `failure` is empty where all is well."""
+
+    network: str
+    place: str
+    side: int
+    sites: int
+    skipped: int
+    seconds: float
+    failure: str
+
+
+def main() -> None:
+    """Print a table, row by row, and the failures at its end."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="networks whose name contains this")
+    parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--attention", default="se", help="the gate; the head is always dual")
+    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
+    given = parser.parse_args()
+    begun = time.perf_counter()
+    names = [name for name in _names(given.jobs) if given.only in name]
+    print(f"{len(names)} networks, torch {torch.__version__}, timm {timm.__version__}", flush=True)
+    rows: list[Row] = []
+    header = f"{'network':42} {'place':9} {'side':>4} {'sites':>5} {'skipped':>7} {'s':>6}  result"
+    print(header, flush=True)
+    for found in _parallel(_swept, [(name, given.attention) for name in names], given.jobs):
+        rows += found
+        for row in found:
+            print(_line(row), flush=True)
+    failures = [row for row in rows if row.failure]
+    networks = {row.network for row in rows if row.sites}
+    print(
+        f"\n{len(networks)} networks with maps, {sum(row.sites > 0 for row in rows)} places, "
+        f"{sum(row.sites for row in rows)} sites, {len(failures)} failures, {time.perf_counter() - begun:.0f} s"
+    )
+    for row in failures:
+        print(f"  {row.network} at {row.place}: {row.failure}")
+    if given.markdown:
+        given.markdown.write_text(_markdown(rows))
+    sys.exit(bool(failures))
+
+
+def _line(row: Row) -> str:
+    result = row.failure or ("ok" if row.sites else "no such place")
+    return (
+        f"{row.network:42} {row.place:9} {row.side:4} {row.sites:5} {row.skipped:7} {row.seconds:6.1f}  {result[:90]}"
+    )
+
+
+def _markdown(rows: list[Row]) -> str:
+    versions = f"torch {torch.__version__}, timm {timm.__version__}, torchvision {torchvision.__version__}"
+    lines = [f"{versions}\n", "| network | " + " | ".join(PLACES) + " |", "|---" * (len(PLACES) + 1) + "|"]
+    by_network: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        by_network.setdefault(row.network, {})[row.place] = row
+    for name, places in sorted(by_network.items()):
+        cells = [_cell(places.get(place)) for place in PLACES]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: Row | None) -> str:
+    if row is None or not (row.sites or row.failure):
+        return ""
+    return f"{row.sites} **{row.failure}**" if row.failure else str(row.sites)
+
+
+def _parallel(function: Callable[..., Any], arguments: list[tuple[Any, ...]], jobs: int) -> Iterator[Any]:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+        futures = [pool.submit(function, *one) for one in arguments]
+        for future in as_completed(futures):
+            yield future.result()
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+
+
+def _names(jobs: int) -> list[str]:
+    """The smallest network of every timm file, and all of torchvision's classification."""
+    files = timm.list_modules()
+    smallest = [name for name in _parallel(_smallest, [(file,) for file in files], jobs) if name]
+    builders = torchvision.models.list_models(module=torchvision.models)
+    return sorted(f"timm:{name}" for name in smallest) + [f"torchvision:{name}" for name in builders]
+
+
+def _smallest(file: str) -> str | None:
+    """The network of a file with the fewest parameters."""
+    counts = {}
+    for name in timm.list_models(module=file):
+        try:
+            with torch.device("meta"):
+                counts[name] = sum(one.numel() for one in timm.create_model(name).parameters())
+        except Exception as error:
+            print(f"not built without memory: {name} ({type(error).__name__}: {error})", file=sys.stderr)
+    return min(counts, key=lambda name: counts[name], default=None)
+
+
+def _swept(name: str, attention: str) -> list[Row]:
+    source, _, bare = name.partition(":")
+    torch.manual_seed(0)
+    try:
+        model = timm.create_model(bare) if source == "timm" else _torchvision(bare)
+        if sum(one.numel() for one in model.parameters()) > TOO_LARGE:
+            return [Row(name, "all", 0, 0, 0, 0.0, "")]
+        _wake(model)
+        x = _example(model.eval())
+        if not _has_map(model, x):
+            return []
+    except Exception as error:
+        return [Row(name, "all", 0, 0, 0, 0.0, _reason(error))]
+    rows = []
+    for place in PLACES:
+        if place == "block" and rows[0].sites:
+            continue
+        begun = time.perf_counter()
+        sites, skipped, failure = _tried(model, place, "dual" if place == "pool" else attention, x)
+        rows.append(Row(name, place, x.shape[-1], sites, skipped, time.perf_counter() - begun, failure))
+    return rows
+
+
+def _torchvision(name: str) -> nn.Module:
+    extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    return torchvision.models.get_model(name, **extra)
+
+
+def _wake(model: nn.Module) -> None:
+    """Let no branch be silent: scales away from 0, where many networks start."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() < 2:
+                parameter.uniform_(0.5, 1.0)
+            elif not parameter.any() or parameter.std() < 1e-3:
+                nn.init.normal_(parameter, std=0.02)
+
+
+def _example(model: nn.Module) -> torch.Tensor:
+    """Two images of the smallest size that the network takes."""
+    error: Exception | None = None
+    for side in SIDES:
+        x = torch.randn(2, 3, side, side)
+        try:
+            with torch.no_grad():
+                model(x)
+            return x
+        except Exception as caught:
+            error = caught
+    raise error or RuntimeError("no size")
+
+
+def _has_map(model: nn.Module, x: torch.Tensor) -> bool:
+    """Whether the features, before they are pooled or flattened, are a map of more than two dimensions."""
+    forward = getattr(model, "forward_features", None)
+    if forward is not None:
+        with torch.no_grad():
+            y = forward(x)
+        return isinstance(y, torch.Tensor) and y.dim() == 4
+    return not hasattr(model, "encoder")
+
+
+def _tried(model: nn.Module, place: str, attention: str, x: torch.Tensor) -> tuple[int, int, str]:
+    """The sites, the sums and places left out, and the first failure."""
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    modules = dict(model.named_modules())
+    try:
+        plan = convattn.plan(model, attention, at=place, example=x)
+    except AttachError as error:
+        return 0, 0, "" if place in ("residual", "block", "pool") else _reason(error)
+    try:
+        failure = _checked(model, plan, x, state)
+    except Exception as error:
+        failure = _reason(error)
+    convattn.detach(model)
+    now = dict(model.named_modules())
+    if now.keys() != modules.keys() or any(now[key] is not modules[key] for key in now):
+        failure = failure or "detach does not bring the layers back"
+    model.load_state_dict(state)
+    return len(plan), len(plan.skipped), failure
+
+
+def _checked(model: nn.Module, plan: convattn.Plan, x: torch.Tensor, state: dict[str, torch.Tensor]) -> str:
+    before = {mode: _run(model, x, mode, state) for mode in (False, True)}
+    if not before[False].isfinite().all():
+        return "the plain network gives no finite output"
+    convattn.attach(model, plan)
+    if list(model.state_dict()) == list(state) or not set(state) <= set(model.state_dict()):
+        return "the state dict has lost keys"
+    for mode, y in before.items():
+        if not torch.equal(_run(model, x, mode, state), y):
+            return f"the output is not equal at the start in {'train' if mode else 'eval'} mode"
+    wrappers = attached(model.eval())
+    model.zero_grad()
+    _output(model(x)).square().sum().backward()
+    silent = [
+        name for name, one in wrappers if one.attention.strength.grad is None or not one.attention.strength.grad.any()
+    ]
+    if silent:
+        return f"no gradient at {silent[0]} and {len(silent) - 1} more"
+    for name, wrapper in wrappers:
+        nn.init.constant_(wrapper.attention.strength, 0.9)
+        if torch.equal(_run(model, x, False, state), before[False]):
+            return f"the gate at {name} changes nothing"
+        nn.init.constant_(wrapper.attention.strength, 0.0)
+    convattn.detach(model)
+    if not torch.equal(_run(model, x, False, state), before[False]):
+        return "the output is another one after detach"
+    return ""
+
+
+def _run(model: nn.Module, x: torch.Tensor, training: bool, state: dict[str, torch.Tensor]) -> torch.Tensor:
+    model.load_state_dict(state, strict=False)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        return _output(model.train(training)(x))
+
+
+def _output(y: Any) -> torch.Tensor:
+    """The logits; some networks give more in training."""
+    return y if isinstance(y, torch.Tensor) else next(iter(y))
+
+
+def _reason(error: Exception) -> str:
+    first = str(error).splitlines()[0] if str(error) else ""
+    if isinstance(error, AttachError):
+        return first
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {first} ({Path(where.filename).name}:{where.lineno})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Change a network as planned, and change it back."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from convattn.attachment.plans import UNCHANGED, Plan, Site, Where, built, plan, signature
+from convattn.attachment.wrapper import (
+    Attached,
+    AttachedBefore,
+    AttachedHead,
+    AttachedMany,
+    AttachedMap,
+    AttachedSource,
+    AttachedVector,
+    Passage,
+)
+from convattn.errors import AttachError, InvalidOption
+from convattn.registry import Entry
+
+Pair = tuple[nn.Module, nn.Module]
+
+
+def attach(
+    model: nn.Module,
+    attention: str | Plan | Callable[[int], nn.Module],
+    *,
+    at: str | None = None,
+    example: Any = None,
+    where: Where = None,
+    stages: Sequence[int] | int | None = None,
+    start: str | None = None,
+    replace: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """Put attention into a network, in place, and return it.
+
+    With the start `"identity"` the output is unchanged to the bit for finite inputs until a parameter `strength`, one
+    at each site, moves away from 0. Parameter names and state-dict keys of the network stay as they are, and a
+    checkpoint of the plain network still loads, with only the keys of the attention missing. Every site is validated
+    before anything changes; where one fails, the model is as it was.
+
+    Args:
+        model: the network.
+        attention: a registered name, a gate and a head joined with `+`, a factory, or a plan of this model.
+        at: where gates stand, see `plan`; `"residual"` by default.
+        example: an input, see `plan`.
+        where: only some of the sites, see `plan`.
+        stages: only sites in stages of these numbers.
+        start: `"identity"` (default) or `"paper"`.
+        replace: put the new attention where there is some already; otherwise that is an error.
+        **options: of the module.
+
+    A plan has all of these but `replace` already.
+
+    Raises:
+        UnknownName: no such attention.
+        InvalidOption: an option that none of the modules takes, or with a wrong value.
+        AttachError: the network has no such place, or has attention there already.
+
+    Example:
+        >>> from convattn import networks
+        >>> network = attach(networks.resnet20(), "cbam", reduction=8)
+        >>> network.layer1[0].bn2.attention.strength.item()
+        0.0
+    """
+    if isinstance(attention, Plan):
+        given = {"at": at, "example": example, "where": where, "stages": stages, "start": start, **options}
+        if any(value is not None for value in given.values()):
+            raise InvalidOption(
+                "attach: a plan has its sites, example, start and options already; give them to `plan`."
+            )
+        chosen = attention
+        if chosen.network != signature(model):
+            raise AttachError(
+                f"The plan is of another network, or of this one before it was changed: plan it anew. {UNCHANGED}"
+            )
+    else:
+        chosen = plan(
+            model,
+            attention,
+            at=at or "residual",
+            example=example,
+            where=where,
+            stages=stages,
+            start=start or "identity",
+            **options,
+        )
+    exchange(model, [pair for site in chosen for pair in wrapped(model, site, chosen.entries[site.attention], replace)])
+    return model
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Take all attention out again, in place, and return the model with the very same layers as before.
+
+    Example:
+        >>> from convattn import networks
+        >>> network = networks.resnet20()
+        >>> layer = network.layer1[0].bn2
+        >>> detach(attach(network, "se")).layer1[0].bn2 is layer
+        True
+    """
+    exchange(model, [(module, module.inner) for module in model.modules() if isinstance(module, Attached)])
+    return model
+
+
+def remove(model: nn.Module, name: str) -> None:
+    """Take the attention of one site out again."""
+    wrapper = model.get_submodule(name)
+    out = [wrapper]
+    if isinstance(wrapper, AttachedVector):
+        out += [module for module in model.modules() if _leaves_for(module, wrapper)]
+    exchange(model, [(module, module.inner) for module in out if isinstance(module, Attached)])
+
+
+def attached(model: nn.Module) -> list[tuple[str, Attached]]:
+    """The names and wrappers of all sites that have attention."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, Attached) and not isinstance(module, AttachedSource)
+    ]
+
+
+def _leaves_for(source: nn.Module, wrapper: AttachedVector) -> bool:
+    return isinstance(source, AttachedSource) and source.convattn_passage is wrapper.convattn_passage
+
+
+def wrapped(model: nn.Module, site: Site, one: Entry, replace: bool = False) -> list[Pair]:
+    """The layers that change at a site, each with what takes its place, the one with the attention first.
+
+    Raises:
+        AttachError: no such layer, or one that has attention already.
+    """
+    place = site.found
+    layer = _layer(model, site.name)
+    inner = _plain(layer, site.name, replace)
+    module = built(one, place, site.start, site.options)
+    like = next((p for p in (*inner.parameters(), *model.parameters()) if p.is_floating_point()), torch.empty(0))
+    module.to(like.device, like.dtype).train(inner.training)
+    kept: dict[str, Any] = {"site": site, "channels_last": site.channels_last}
+    if place.side == "vector":
+        source = _layer(model, place.source)
+        passage = Passage()
+        return [
+            (layer, AttachedVector(inner, module, passage, place.functions, **kept)),
+            (source, AttachedSource(_plain(source, place.source, replace), passage, **kept)),
+        ]
+    if place.side == "map":
+        return [(layer, AttachedMap(inner, module, pool=place.pool, **kept))]
+    kinds: dict[str, type[Attached]] = {"pool": AttachedHead, "before": AttachedBefore}
+    kind = kinds.get(place.side, Attached if place.alone else AttachedMany)
+    return [(layer, kind(inner, module, **kept))]
+
+
+def _layer(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise AttachError(f"The model has no layer {name!r}. {UNCHANGED}") from error
+
+
+def _plain(layer: nn.Module, name: str, replace: bool) -> nn.Module:
+    """The layer without attention."""
+    if not isinstance(layer, Attached):
+        return layer
+    if not replace:
+        raise AttachError(f"{name!r} has attention already; detach the model first, or give replace=True. {UNCHANGED}")
+    return layer.inner
+
+
+def exchange(model: nn.Module, pairs: list[Pair]) -> None:
+    """Put the second module of each pair wherever the first one is; all of them or none."""
+    new = dict(pairs)
+    # by identity: a layer may be reachable under several names
+    places = [
+        (parent, key, child) for parent in model.modules() for key, child in parent._modules.items() if child in new
+    ]
+    done = []
+    try:
+        for place in places:
+            parent, key, old = place
+            done.append(place)
+            parent._modules[key] = new[old]
+    except BaseException:
+        for parent, key, old in reversed(done):
+            parent._modules[key] = old
+        raise

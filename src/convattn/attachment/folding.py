@@ -1,0 +1,375 @@
+"""Gates that do not depend on the input, merged into the weights beside them and removed."""
+
+import copy
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+import torch
+from torch import nn
+
+from convattn import checks
+from convattn.attachment.attaching import attached, remove
+from convattn.attachment.wrapper import Attached, AttachedBefore, AttachedMany
+from convattn.errors import DataError, InvalidOption
+from convattn.nn.base import Gate
+
+# a gate is constant if it is so for maps of all these magnitudes
+SCALES = (0.0, 1e-2, 1.0, 1e2, 1e4)
+PROBES = 4
+# of a gate in float64
+CONSTANT = 1e-9
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm)
+
+Allow = Callable[["Fold"], bool] | Collection[str] | None
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What was found at one site.
+
+    Attributes:
+        name: of the site.
+        attention: what stands there.
+        deviation: the largest distance of the gate from its mean over inputs (and positions), for any channel.
+        change_points: of the accuracy, in percentage points, when this gate alone is replaced by its mean; None without
+            labels.
+        agreement: the share of predictions that stay the same then; None without data.
+        folded: whether it was merged and removed.
+        reason: why not.
+    """
+
+    name: str
+    attention: str
+    deviation: float
+    change_points: float | None = None
+    agreement: float | None = None
+    folded: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Folds:
+    """What `fold` found and did, site by site; print it to see it.
+
+    `accuracy` is that before and after, from 0 to 1; None without labels.
+    """
+
+    sites: tuple[Fold, ...]
+    accuracy: tuple[float, float] | None = None
+
+    def __iter__(self) -> Iterator[Fold]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    @property
+    def folded(self) -> list[str]:
+        """The names of the sites that were merged."""
+        return [one.name for one in self.sites if one.folded]
+
+    def __str__(self) -> str:
+        rows = [("site", "attention", "deviation", "accuracy", "same", "result")]
+        for one in self.sites:
+            change = "" if one.change_points is None else f"{one.change_points:+.2f}"
+            same = "" if one.agreement is None else f"{100 * one.agreement:.1f} %"
+            result = "folded" if one.folded else f"kept: {one.reason}"
+            rows.append((one.name, one.attention, f"{one.deviation:.2g}", change, same, result))
+        widths = [max(len(row[column]) for row in rows) for column in range(6)]
+        align = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust)
+        lines = [
+            "  ".join(pad(cell, width) for pad, cell, width in zip(align, row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        if self.accuracy is not None:
+            before, after = (100 * value for value in self.accuracy)
+            lines.append(f"accuracy: {before:.2f} % before, {after:.2f} % after")
+        return "\n".join(lines)
+
+
+def fold(model: nn.Module, data: Any = None, tolerance: float = 0.01, *, allow: Allow = None) -> Folds:
+    """Merge gates that are constant into the convolution or norm beside them, in place, and remove them.
+
+    Without data, a gate counts as constant if it is the same for maps of all magnitudes, as one with `strength` 0 or
+    with a zero weight is; the network computes the same then, but for rounding (1e-6 relative). With data, a gate that
+    moves by no more than the tolerance counts as constant and is replaced by its mean; each is reported with the change
+    in accuracy that it causes alone. In squeeze-and-excitation networks the gates of the last stage are known for it
+    (Hu et al., CVPR 2018, arXiv:1709.01507, section 7.2 of the journal version).
+
+    Args:
+        model: a network with attention; it is run in eval mode.
+        data: a batch of images, a tuple of a batch and its labels, or an iterable of either.
+        tolerance: the largest distance of a gate from its mean, for any channel, position and image.
+        allow: which of the nearly constant gates may be folded: their names, or a predicate over `Fold`; None for all,
+            `()` for none, which only reports.
+
+    Raises:
+        InvalidOption: a tolerance out of its range, or a name in `allow` that is no site.
+        DataError: no images.
+
+    Example:
+        >>> from convattn import attach, networks
+        >>> network = attach(networks.resnet20(), "se")
+        >>> len(fold(network).folded)
+        9
+    """
+    checks.between("fold", "tolerance", tolerance, 0, inf)
+    sites = dict(attached(model))
+    if allow is not None and not callable(allow):
+        unknown = [name for name in allow if name not in sites]
+        if isinstance(allow, str) or unknown:
+            raise InvalidOption(f"fold: allow must name sites with attention, {', '.join(sites)}; got {allow!r}.")
+    batches = None if data is None else _batches(data)
+    before = None if batches is None else _predictions(model, batches)
+    gates = _probed(sites) if batches is None else _watched(model, sites, batches)
+    limit = CONSTANT if batches is None else tolerance
+    report = []
+    for name, wrapper in sites.items():
+        found = _judged(model, name, wrapper, gates.get(name), limit)
+        if not found.reason and batches is not None and before is not None:
+            found = _with_change(found, model, wrapper, gates[name].mean, batches, before)
+        if not found.reason:
+            allowed = allow is None or (allow(found) if callable(allow) else name in allow)
+            found = _changed(found, folded=True) if allowed else _changed(found, reason="not allowed")
+        report.append(found)
+    for one in report:
+        if one.folded:
+            _merge(sites[one.name], gates[one.name].mean if one.name in gates else None)
+            remove(model, one.name)
+    if batches is None or before is None or before.labels is None:
+        return Folds(tuple(report))
+    return Folds(tuple(report), (before.accuracy, _predictions(model, batches).accuracy))
+
+
+@dataclass
+class _Seen:
+    """A gate over inputs: for each channel its mean and its extremes."""
+
+    mean: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+
+    @property
+    def deviation(self) -> float:
+        return float(torch.maximum(self.high - self.mean, self.mean - self.low).max())
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    classes: torch.Tensor
+    labels: torch.Tensor | None
+
+    @property
+    def accuracy(self) -> float:
+        return float("nan") if self.labels is None else float((self.classes == self.labels).double().mean())
+
+
+class _Collector:
+    """Adds up the gates of one site."""
+
+    def __init__(self) -> None:
+        self.sum: torch.Tensor = torch.zeros(())
+        self.count = 0
+        self.low: torch.Tensor = torch.zeros(())
+        self.high: torch.Tensor = torch.zeros(())
+
+    def add(self, gates: dict[str, torch.Tensor]) -> None:
+        """The small gates of a batch, each (B, C, 1, ...) or (B, 1, *spatial)."""
+        whole = torch.ones((), dtype=torch.float64)
+        low, high = whole, whole
+        for gate in gates.values():
+            flat = gate.detach().double().cpu().flatten(2)
+            whole = whole * flat.mean(2).unsqueeze(-1)
+            # of a product the extremes are among the products of extremes
+            corners = torch.stack([low * flat.amin(2), low * flat.amax(2), high * flat.amin(2), high * flat.amax(2)])
+            low, high = corners.amin(0), corners.amax(0)
+        mean = whole.squeeze(-1)
+        if self.count == 0:
+            self.sum, self.low, self.high = torch.zeros(mean.shape[1:]).double(), low.amin(0), high.amax(0)
+        self.sum = self.sum + mean.sum(0)
+        self.count += len(mean)
+        self.low, self.high = torch.minimum(self.low, low.amin(0)), torch.maximum(self.high, high.amax(0))
+
+    @property
+    def seen(self) -> _Seen:
+        return _Seen(self.sum / self.count, self.low, self.high)
+
+
+def _probed(sites: dict[str, Attached]) -> dict[str, _Seen]:
+    """The gates for random maps of all magnitudes."""
+    found = {}
+    for name, wrapper in sites.items():
+        if isinstance(wrapper.attention, Gate):
+            gate = copy.deepcopy(wrapper.attention).cpu().double().eval()
+            generator = torch.Generator().manual_seed(0)
+            shape = (PROBES, wrapper.site.channels, *wrapper.site.size)
+            collector = _Collector()
+            with torch.no_grad():
+                for scale in SCALES:
+                    # each channel with a level of its own: of zero-mean maps every mean would be nearly 0
+                    level = torch.randn(*shape[:2], *[1] * len(shape[2:]), generator=generator, dtype=torch.float64)
+                    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+                    collector.add(gate.gates(scale * (level + noise)))
+            found[name] = collector.seen
+    return found
+
+
+def _watched(model: nn.Module, sites: dict[str, Attached], batches: list[Any]) -> dict[str, _Seen]:
+    """The gates for the images."""
+    collectors = {name: _Collector() for name, one in sites.items() if isinstance(one.attention, Gate)}
+
+    def keep(name: str) -> Any:
+        def hook(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+            collectors[name].add(module.gates(args[0]))
+
+        return hook
+
+    handles = [sites[name].attention.register_forward_pre_hook(keep(name)) for name in collectors]
+    try:
+        _predictions(model, batches)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: collector.seen for name, collector in collectors.items() if collector.count}
+
+
+def _judged(model: nn.Module, name: str, wrapper: Attached, gate: _Seen | None, limit: float) -> Fold:
+    if gate is None:
+        silent = _is_silent(wrapper.attention)
+        reason = "" if silent else "it is no gate" if not isinstance(wrapper.attention, Gate) else "it was never called"
+        return Fold(name, wrapper.site.attention, 0.0 if silent else inf, reason=reason)
+    reason = "it depends on the input" if gate.deviation > limit else ""
+    if not reason and not _is_one(gate.mean):
+        reason = _obstacle(model, wrapper)
+    return Fold(name, wrapper.site.attention, gate.deviation, reason=reason)
+
+
+def _is_silent(attention: nn.Module) -> bool:
+    strength = getattr(attention, "strength", None)
+    return isinstance(strength, torch.Tensor) and not strength.any()
+
+
+def _is_one(mean: torch.Tensor) -> bool:
+    return bool((mean == 1).all())
+
+
+def _changed(found: Fold, **values: Any) -> Fold:
+    return Fold(**{**found.__dict__, **values})
+
+
+def _with_change(
+    found: Fold, model: nn.Module, wrapper: Attached, mean: torch.Tensor, batches: list[Any], before: _Predictions
+) -> Fold:
+    """The accuracy with this gate alone replaced by its mean."""
+    attention = wrapper.attention
+    wrapper._modules["attention"] = _Constant(mean, wrapper.site.dimensions)
+    try:
+        now = _predictions(model, batches)
+    finally:
+        wrapper._modules["attention"] = attention
+    change = None if before.labels is None else 100 * (now.accuracy - before.accuracy)
+    agreement = float((now.classes == before.classes).double().mean())
+    return _changed(found, change_points=change, agreement=agreement)
+
+
+class _Constant(nn.Module):
+    """A gate that does not look at its input."""
+
+    def __init__(self, mean: torch.Tensor, dimensions: int) -> None:
+        super().__init__()
+        self.mean = mean.reshape(-1, *[1] * dimensions)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.mean.to(x.device, x.dtype)
+
+
+def _target(wrapper: Attached) -> nn.Module:
+    """The layer whose weights the gate is merged into: of a chain the one next to the gate."""
+    layer = wrapper.inner
+    while type(layer) is nn.Sequential and len(layer):
+        layer = layer[0] if isinstance(wrapper, AttachedBefore) else layer[-1]
+    return layer
+
+
+def _obstacle(model: nn.Module, wrapper: Attached) -> str:
+    """Why the weights beside a gate cannot take it; empty if they can."""
+    layer = _target(wrapper)
+    kinds = (*CONVOLUTIONS, nn.Linear) if isinstance(wrapper, AttachedBefore) else (*CONVOLUTIONS, nn.Linear, *NORMS)
+    # by exact type: a subclass may do more than scale, such as normalise its weights or apply an activation
+    if type(layer) not in kinds or isinstance(wrapper, AttachedMany):
+        return f"its layer is a {type(layer).__name__}, which cannot take it"
+    if not isinstance(layer._parameters.get("weight"), torch.Tensor):
+        return f"its {type(layer).__name__} has no weight of its own"
+    if isinstance(layer, nn.LayerNorm) and layer.weight.dim() != 1:
+        return "its norm scales positions, not channels"
+    own = {id(one) for one in layer._parameters.values()}
+    elsewhere = (one for one in model.modules() if one is not layer and not isinstance(one, Attached))
+    if any(
+        id(parameter) in own for one in elsewhere for parameter in one._parameters.values() if parameter is not None
+    ):
+        return "its weights are used elsewhere as well"
+    return ""
+
+
+def _merge(wrapper: Attached, mean: torch.Tensor | None) -> None:
+    if mean is None or _is_one(mean):
+        return
+    layer = _target(wrapper)
+    weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
+    if weight is None:
+        return
+    # a gate over positions alone is one number for all channels
+    scale = mean.to(weight.device)
+    with torch.no_grad():
+        if isinstance(wrapper, AttachedBefore):
+            groups = getattr(layer, "groups", 1)
+            shape = (groups, weight.shape[0] // groups, weight.shape[1], *[1] * (weight.dim() - 2))
+            inputs = scale.expand(groups * weight.shape[1]).reshape(groups, 1, weight.shape[1])
+            factor = inputs.expand(shape[:3]).reshape(weight.shape[0], weight.shape[1], *shape[3:])
+            weight.copy_(weight.double() * factor)
+            return
+        factor = scale.expand(weight.shape[0])
+        weight.copy_(weight.double() * factor.reshape(-1, *[1] * (weight.dim() - 1)))
+        if bias is not None:
+            bias.copy_(bias.double() * factor)
+
+
+def _batches(data: Any) -> list[Any]:
+    if isinstance(data, torch.Tensor) or _is_labelled(data):
+        return [data]
+    batches = list(data) if isinstance(data, Iterable) else []
+    if not batches or not all(isinstance(one, torch.Tensor) or _is_labelled(one) for one in batches):
+        raise DataError(
+            "fold: data must be a batch of images, a tuple of images and labels, or an iterable of either, none empty."
+        )
+    return batches
+
+
+def _is_labelled(data: Any) -> bool:
+    return (
+        isinstance(data, tuple | list)
+        and len(data) == 2
+        and all(isinstance(one, torch.Tensor) for one in data)
+        and data[1].dim() == 1
+    )
+
+
+def _predictions(model: nn.Module, batches: list[Any]) -> _Predictions:
+    modes = {part: part.training for part in model.modules()}
+    device = next((one.device for one in model.parameters()), torch.device("cpu"))
+    classes, labels = [], []
+    try:
+        model.eval()
+        with torch.no_grad():
+            for batch in batches:
+                x = batch if isinstance(batch, torch.Tensor) else batch[0]
+                classes.append(model(x.to(device)).argmax(1).cpu())
+                if not isinstance(batch, torch.Tensor):
+                    labels.append(batch[1].cpu())
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+    return _Predictions(torch.cat(classes), torch.cat(labels) if len(labels) == len(batches) else None)

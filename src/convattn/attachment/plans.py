@@ -1,0 +1,337 @@
+"""Which sites will be changed and what goes there. Pure: a model in, a list of sites out."""
+
+import fnmatch
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from convattn import checks, cost
+from convattn.attachment.sites import PLACES, Place, Skipped, Survey
+from convattn.attachment.wrapper import Blended, BlendedHead
+from convattn.errors import AttachError, InvalidOption
+from convattn.nn.base import STARTS
+from convattn.registry import Entry, entry, names
+
+Where = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
+UNCHANGED = "The model was not changed."
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place and what goes there. Every parameter added is called `<name>.attention.<...>`.
+
+    Attributes:
+        name: the layer, as in `model.named_modules()`.
+        place: what kind of place it is, as in `plan`'s `at`.
+        side: where attention stands: `after` or `before` the layer; a head beside a layer that pools (`pool`), on the
+            map that a function pools (`map`), or on the vector that a function pooled (`vector`).
+        stage: the number of the stage in which the map is, from 1; None where the network has no blocks.
+        channels: of the map.
+        size: the map's spatial dimensions on the example.
+        channels_last: whether the channels are the map's last dimension.
+        attention: the registered name, or that of the factory.
+        parameters: added here.
+        multiply_adds: added here for one image of the example's size.
+        start: `identity` or `paper`.
+        options: of the module.
+        found: the place with all that `attach` needs.
+        registered: whether the attention is registered, and not made by a factory.
+    """
+
+    name: str
+    place: str
+    side: str
+    stage: int | None
+    channels: int
+    size: tuple[int, ...]
+    channels_last: bool
+    attention: str
+    parameters: int
+    multiply_adds: int
+    start: str
+    options: dict[str, Any]
+    found: Place = field(repr=False)
+    registered: bool = True
+
+    @property
+    def dimensions(self) -> int:
+        """The spatial dimensions of the map."""
+        return len(self.size)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sites that `attach` will change, in the order of the network; print it to see them.
+
+    `skipped` are the places at which nothing can stand, with the reasons; `network` tells whose plan it is.
+    """
+
+    attention: str
+    start: str
+    sites: tuple[Site, ...]
+    skipped: tuple[Skipped, ...]
+    network: str
+    entries: dict[str, Entry] = field(default_factory=dict, repr=False, compare=False)
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __str__(self) -> str:
+        head = ("site", "place", "stage", "attention", "channels", "map", "parameters", "multiply-adds")
+        rows = [head, *(_row(site) for site in self.sites)]
+        parameters, multiply_adds = (
+            sum(getattr(site, name) for site in self) for name in ("parameters", "multiply_adds")
+        )
+        rows.append(("total added", "", "", "", "", "", f"{parameters:,}", f"{multiply_adds:,}"))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+        align = (str.ljust, str.ljust, str.rjust, str.ljust, str.rjust, str.rjust, str.rjust, str.rjust)
+        lines = [
+            "  ".join(pad(cell, width) for pad, cell, width in zip(align, row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        return "\n".join(lines + [f"no site in {one.name or 'the network'}: {one.reason}" for one in self.skipped])
+
+
+def plan(
+    model: nn.Module,
+    attention: str | Callable[[int], nn.Module],
+    *,
+    at: str = "residual",
+    example: Any = None,
+    where: Where = None,
+    stages: Sequence[int] | int | None = None,
+    start: str = "identity",
+    **options: Any,
+) -> Plan:
+    """List the sites at which `attach` would put attention. The model is not changed.
+
+    The sites are found by running the network once and watching what is added to what, what is pooled, and where the
+    resolution changes. Several plans on disjoint sites can be attached one after the other.
+
+    Args:
+        model: the network.
+        attention: a registered name, a gate and a head joined with `+`: `"cbam+dual"`, or a factory: any callable from
+            a number of channels to a module that gives maps of the shape that it takes.
+        at: where gates stand:
+
+            - `residual`: on the residual branch, just before the sum with the shortcut
+            - `residual-pre`: before the first layer of the branch
+            - `residual-post`: after the sum, and after the activation with which the block ends
+            - `shortcut`: on the shortcut, where that has a layer of its own
+            - `block`: on the output of each repeated block
+            - `stage`: at the end of each stage, before the resolution changes
+            - `final`: on the last map, the one that is pooled
+            - `layer`: after each layer that `where` names
+            - `pool`: where heads stand, beside the global pooling; heads need no `at`
+        example: an input: a tensor, or a tuple or dict of arguments; by default two random images of the size that the
+            network was made for, or 64 pixels.
+        where: only some of these sites: a glob (`"layer4*"`), a list of names or globs, each of a site or of a module
+            around it, or a predicate over (name, layer).
+        stages: only sites in stages of these numbers, from 1.
+        start: `"identity"` leaves the output as it is at first, `"paper"` does not.
+        **options: of the module, for instance `reduction=8`.
+
+    Raises:
+        UnknownName: no such attention.
+        InvalidOption: an option that none of the modules takes, or with a wrong value.
+        AttachError: the network has no such place; the message lists those that it has.
+
+    Example:
+        >>> from convattn import networks
+        >>> len(plan(networks.resnet20(), "cbam"))
+        9
+        >>> [site.name for site in plan(networks.resnet20(), "cbam", at="stage")]
+        ['layer1.2', 'layer2.2', 'layer3.2']
+    """
+    checks.choice("plan", "start", start, STARTS)
+    checks.choice("plan", "at", at, PLACES)
+    if at == "layer" and where is None:
+        raise InvalidOption("plan: at='layer' means every layer of the network; name those you want with where=...")
+    entries = _entries(attention, at)
+    shares = _shares(entries, options)
+    survey = Survey(model, example)
+    chosen: list[Site] = []
+    skipped: list[Skipped] = []
+    for one in entries:
+        kind = "pool" if one.kind == "head" else at
+        places, passed = survey.find(kind)
+        # a filter of gates leaves the head that is joined to them where it is
+        joined = one.kind == "head" and len(entries) > 1
+        picked = places if joined else _picked(model, places, where, stages, len(survey.stage_ends))
+        if not picked:
+            raise AttachError(_nothing(model, survey, kind, where, stages))
+        chosen += _sites(one, picked, start, shares[one.name])
+        skipped += passed
+    name = "+".join(one.name for one in entries)
+    return Plan(name, start, tuple(chosen), tuple(skipped), signature(model), {one.name: one for one in entries})
+
+
+def built(one: Entry, place: Place, start: str, options: dict[str, Any]) -> nn.Module:
+    """The module for a place: a gate, or a head to be blended with the network's own pooling."""
+    made_here = _is_factory(one)
+    shape = {} if made_here else {"dimensions": len(place.size)}
+    if one.kind == "gate":
+        if made_here:
+            return Blended(one.build(place.channels, **options), start=start)
+        return one.build(place.channels, start=start, **shape, **options)  # type: ignore[no-any-return]
+    head = one.build(place.channels, **shape, **options)
+    features = head(torch.zeros(2, place.channels, *place.size)).shape[1] if made_here else head.features
+    return BlendedHead(head, width=place.width, features=features, start=start)
+
+
+def signature(model: nn.Module) -> str:
+    """The names and types of a network's modules and the shapes of its parameters, hashed."""
+    modules = [(name, type(module).__qualname__) for name, module in model.named_modules()]
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    return hashlib.blake2b(repr((modules, shapes)).encode(), digest_size=16).hexdigest()
+
+
+def _entries(attention: str | Callable[[int], nn.Module], at: str) -> list[Entry]:
+    if not isinstance(attention, str) and callable(attention):
+        name = getattr(attention, "__name__", type(attention).__name__)
+        return [Entry(name, "head" if at == "pool" else "gate", Factory, attention)]
+    found = [entry(name) for name in (attention.split("+") if isinstance(attention, str) else [attention])]
+    kinds = [one.kind for one in found]
+    if len(set(kinds)) < len(kinds):
+        raise AttachError(
+            f"{attention!r} names two modules for the same sites; one gate and one head can be joined. {UNCHANGED}"
+        )
+    if at == "pool" and "gate" in kinds:
+        raise InvalidOption(
+            f"plan: at='pool' takes a pooling head, and {attention!r} has a gate, which stands at='final'; "
+            f"heads are {', '.join(names('head'))}. {UNCHANGED}"
+        )
+    return found
+
+
+class Factory:
+    """What stands for the class of a module in the entry of a factory."""
+
+
+def _is_factory(one: Entry) -> bool:
+    return one.module is Factory
+
+
+def _shares(entries: list[Entry], options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Each option to the modules that take it."""
+    if _is_factory(entries[0]):
+        return {entries[0].name: options}
+    accepted = {one.name: _accepted(one) for one in entries}
+    for option in options:
+        if not any(option in known for known in accepted.values()):
+            known = sorted(set().union(*accepted.values()))
+            raise InvalidOption(
+                f"{'+'.join(accepted)} takes no option {option!r}. {checks.suggestion(option, known)} {UNCHANGED}"
+            )
+    return {name: {key: value for key, value in options.items() if key in known} for name, known in accepted.items()}
+
+
+def _accepted(one: Entry) -> set[str]:
+    # channels and dimensions come from the network, the start from the plan, and the classifier stays the network's own
+    given = {"channels", "dimensions", "start", "features", "classes", "dropout"}
+    return {name for name in inspect.signature(one.module).parameters if name not in given}
+
+
+def _picked(
+    model: nn.Module, places: list[Place], where: Where, stages: Sequence[int] | int | None, known: int
+) -> list[Place]:
+    if stages is not None:
+        numbers = [stages] if isinstance(stages, int) else list(stages)
+        for number in numbers:
+            if isinstance(number, bool) or number not in range(1, known + 1):
+                raise InvalidOption(
+                    f"plan: stages must be numbers from 1 to {known}, the stages of this network, got {number!r}. "
+                    f"{UNCHANGED}"
+                )
+        places = [place for place in places if place.stage in numbers]
+    if where is None:
+        return places
+    if callable(where):
+        return [place for place in places if where(place.name, _layer(model, place.name))]
+    patterns = [where] if isinstance(where, str) else list(where)
+    if not all(any(_matches(place.name, pattern) for place in places) for pattern in patterns):
+        # one that matches nothing is a mistake, whatever the others match
+        return []
+    return [place for place in places if any(_matches(place.name, pattern) for pattern in patterns)]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
+
+
+def _layer(model: nn.Module, name: str) -> nn.Module:
+    layer = model.get_submodule(name)
+    return getattr(layer, "inner", layer)
+
+
+def _nothing(model: nn.Module, survey: Survey, at: str, where: Where, stages: Sequence[int] | int | None) -> str:
+    """The message where nothing was found: what there is."""
+    name = type(model).__name__
+    places, skipped = survey.find(at)
+    if places:
+        given = {"where": where, "stages": stages}
+        asked = " with ".join(f"{key}={value!r}" for key, value in given.items() if value is not None)
+        listed = ", ".join(f"{place.name} (stage {place.stage})" for place in places)
+        return f"{asked} leaves none of the {len(places)} sites that {name} has at {at!r}: {listed}. {UNCHANGED}"
+    reasons = "; ".join(dict.fromkeys(one.reason for one in skipped))
+    counts = {place: len(survey.find(place)[0]) for place in PLACES if place not in (at, "layer")}
+    others = ", ".join(f"{place!r} ({count})" for place, count in counts.items() if count)
+    return (
+        f"{name} has no place at {at!r}{f' ({reasons})' if reasons else ''}. "
+        f"{f'It has these, with the number of sites: {others}' if others else 'It has no other either'}. {UNCHANGED}"
+    )
+
+
+def _sites(one: Entry, places: list[Place], start: str, options: dict[str, Any]) -> list[Site]:
+    costs: dict[Any, tuple[int, int]] = {}
+    found = []
+    for place in places:
+        key = place.channels, place.size, place.width
+        if key not in costs:
+            costs[key] = _cost(one, place, start, options)
+        shown = (place.name, place.place, place.side, place.stage, place.channels, place.size, place.channels_last)
+        found.append(Site(*shown, one.name, *costs[key], start, options, place, not _is_factory(one)))
+    return found
+
+
+def _cost(one: Entry, place: Place, start: str, options: dict[str, Any]) -> tuple[int, int]:
+    """Parameters and multiply-adds, from a module built and run once, which checks its options as well."""
+    if not _is_factory(one):
+        # without random numbers, and without the time that they take: what is computed does not matter
+        with torch.device("meta"):
+            module = built(one, place, start, options)
+        return _counted(module.to_empty(device="cpu"), place)
+    with torch.random.fork_rng():
+        try:
+            return _counted(built(one, place, start, options), place)
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise AttachError(
+                f"{one.name!r} makes no module for the {place.channels} channels of {place.name!r} "
+                f"({type(error).__name__}: {reason}). {UNCHANGED}"
+            ) from error
+
+
+def _counted(module: nn.Module, place: Place) -> tuple[int, int]:
+    inputs = [torch.zeros(1, place.channels, *place.size)]
+    if isinstance(module, BlendedHead):
+        inputs.append(torch.zeros(1, place.width))
+    y, multiply_adds = cost.counted(module, *inputs)
+    if y.shape != inputs[-1].shape:
+        raise ValueError(f"it gives the shape {tuple(y.shape)} for {tuple(inputs[-1].shape)}")
+    return cost.parameters(module), multiply_adds
+
+
+def _row(site: Site) -> tuple[str, ...]:
+    size = " x ".join(map(str, site.size))
+    stage = "" if site.stage is None else str(site.stage)
+    counts = (f"{site.channels:,}", size, f"{site.parameters:,}", f"{site.multiply_adds:,}")
+    return (site.name, site.place, stage, site.attention, *counts)
