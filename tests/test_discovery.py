@@ -87,7 +87,7 @@ def test_written(way: str, dimensions: int) -> None:
 @pytest.mark.parametrize(
     ("way", "reason"),
     [
-        ("none", "no residual block"),
+        ("none", r"no place at 'residual'\. It has these.*'block' \(\d\), 'stage' \(1\), 'final' \(1\)"),
         ("function", r"ends in a function \(sigmoid\)"),
         ("used elsewhere", "in a function"),
     ],

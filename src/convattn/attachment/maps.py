@@ -35,9 +35,12 @@ class Maps:
             self._by_module[id(call.module)].append(call)
             if call.y is not None:
                 self.by_output[call.y].append(call)
-        ranks = [len(value.shape) for value in self.seen.values if value.operator == CONVOLUTION]
-        ranks = ranks or [len(value.shape) for value in self.seen.values if value.operator == INPUT]
-        self.rank = max(ranks, default=4)
+        shapes = [value.shape for value in self.seen.values if value.operator == CONVOLUTION]
+        shapes = shapes or [value.shape for value in self.seen.values if value.operator == INPUT and value.shape]
+        # of several kinds of convolution the one over most dimensions: others are of vectors and sequences
+        self.rank = max(map(len, shapes), default=4)
+        # the images of a batch may be given one by one
+        self.batch = shapes[0][0] if shapes else 1
         self._axes: dict[int, int] = {}
 
     def calls_of(self, module: nn.Module) -> list[Call]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from convattn.attachment import blocks, pooling
+from convattn.attachment.blocks import Block
 from convattn.attachment.maps import Maps
 from convattn.attachment.sums import ACTIVATIONS, Sum, sums
 from convattn.attachment.wrapper import ATTENTION, Attached
@@ -95,12 +96,12 @@ class Survey:
         return [one for one in self.sums if one.shortcut is not None and self.maps.is_map(one.value)]
 
     @cached_property
-    def block_ends(self) -> list[Value]:
-        return blocks.ends(self.maps, [one.value for one in self.residual_sums])
+    def blocks(self) -> list[Block]:
+        return blocks.find(self.maps, [one.value for one in self.residual_sums])
 
     @cached_property
-    def stage_ends(self) -> list[blocks.Stage]:
-        return blocks.stages(self.maps, [one.value for one in self.residual_sums], self.block_ends)
+    def stage_ends(self) -> list[Value]:
+        return blocks.stage_ends(self.maps, self.residual_sums, self.blocks)
 
     def _residual(self) -> Iterable[Found]:
         yield from self._not_residual()
@@ -208,22 +209,19 @@ class Survey:
         return Skipped(one.value.within, "the shortcut is the block's input itself, without a layer of its own")
 
     def _blocks(self) -> Iterable[Found]:
-        for value in self.block_ends:
-            yield self._after(value, self.block_ends, near=value.within)
+        ends = [block.end for block in self.blocks]
+        for end in ends:
+            yield self._after(end, ends, near=end.within)
 
     def _stages(self) -> Iterable[Found]:
-        ends = [stage.end for stage in self.stage_ends if stage.end is not None]
-        for number, stage in enumerate(self.stage_ends, 1):
-            if stage.end is None:
-                yield Skipped(stage.last.within, f"stage {number} ends in no layer through which all of it goes")
-            else:
-                yield self._after(stage.end, ends, near=stage.end.within)
+        for end in self.stage_ends:
+            yield self._after(end, self.stage_ends, near=end.within)
 
     def _final(self) -> Iterable[Found]:
         pools = pooling.find(self.maps)
         end = pooling.last_map(self.maps, pools[-1].map) if pools else None
         if end is None and self.stage_ends:
-            end = self.stage_ends[-1].end
+            end = self.stage_ends[-1]
         if end is not None:
             yield self._after(end, [end], near=end.within)
 
@@ -280,9 +278,8 @@ class Survey:
         return Place(call.name, "", value.shape[axis], size, axis == last, side, call.alone, self._stage_of(value))
 
     def _stage_of(self, value: Value) -> int | None:
-        ends = [stage.last.index if stage.end is None else stage.end.index for stage in self.stage_ends]
-        after = [number for number, end in enumerate(ends, 1) if value.index <= end]
-        return after[0] if after else len(ends) or None
+        after = [number for number, end in enumerate(self.stage_ends, 1) if value.index <= end.index]
+        return after[0] if after else len(self.stage_ends) or None
 
 
 def _has_part(module: nn.Module) -> bool:

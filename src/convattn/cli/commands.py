@@ -28,7 +28,9 @@ Examples:
 SITES_EXAMPLES = """\b
 Examples:
   convattn sites timm:resnet18
-  convattn sites torchvision:mobilenet_v3_small --attention se
+  convattn sites torchvision:mobilenet_v3_small --attention se --stages 3,4
+  convattn sites torchvision:vgg11_bn --at block --where 'features.2*'
+  convattn sites timm:convnext_atto --attention cbam+dual --at stage --image-size 224
 """
 
 SHOW_EXAMPLES = """\b
@@ -125,11 +127,41 @@ def sites(
         str, typer.Argument(help="resnet20 to resnet110, timm:NAME, torchvision:NAME or FILE.py:function.")
     ],
     attention: Annotated[str, typer.Option(help="A registered name, or a gate and a head joined with +.")] = "cbam",
+    at: Annotated[
+        str,
+        typer.Option(help="residual, residual-pre, residual-post, shortcut, block, stage, final, layer or pool."),
+    ] = "residual",
+    where: Annotated[
+        str | None, typer.Option(help="Only these: globs of layers or of modules around them, separated by commas.")
+    ] = None,
+    stages: Annotated[str | None, typer.Option(help="Only these stages: numbers from 1, separated by commas.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Side of the images in pixels.", show_default="the network's, or 64")
+    ] = None,
 ) -> None:
-    """List where attention would stand in a network, and where it cannot, with the reasons."""
-    from convattn import networks, plan
+    """List where attention would stand in a network, what it would add, and where it cannot stand, with the reasons.
 
-    sys.stdout.write(f"{plan(networks.create(network), attention)}\n")
+    Multiply-adds are for one image.
+    """
+    from convattn import checks, errors, networks, plan
+    from convattn.networks.cut import example_for
+
+    if image_size is not None:
+        checks.positive("sites", "image-size", image_size)
+    try:
+        numbers = None if stages is None else [int(one) for one in stages.split(",")]
+    except ValueError as error:
+        raise errors.InvalidOption(f"sites: stages must be numbers separated by commas, got {stages!r}.") from error
+    model = networks.create(network)
+    found = plan(
+        model,
+        attention,
+        at=at,
+        where=None if where is None else where.split(","),
+        stages=numbers,
+        example=example_for(model, side=image_size),
+    )
+    sys.stdout.write(f"{found}\n")
 
 
 @app.command(epilog=SHOW_EXAMPLES)

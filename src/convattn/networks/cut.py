@@ -48,11 +48,14 @@ def features(model: nn.Module, layer: str, *, example: torch.Tensor | None = Non
     return cut
 
 
-def example_for(model: nn.Module) -> torch.Tensor:
-    """A batch of 2 random images such as the network takes, on its device and in its dtype."""
+def example_for(model: nn.Module, *, side: int | None = None) -> torch.Tensor:
+    """A batch of 2 random images such as the network takes, on its device and in its dtype.
+
+    Their side in pixels is the one given, or else the network's `input_size`, or 64.
+    """
     first = next((module for module in model.modules() if isinstance(module, CONVOLUTIONS)), None)
     channels, dimensions = (first.in_channels, first.weight.dim() - 2) if first is not None else (3, 2)
-    side = getattr(model, "input_size", None) or 64
+    side = side or getattr(model, "input_size", None) or 64
     images = torch.randn(2, channels, *[side] * dimensions, generator=torch.Generator().manual_seed(0))
     like = next((one for one in model.parameters() if one.is_floating_point()), images)
     return images.to(like.device, like.dtype)

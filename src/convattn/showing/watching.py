@@ -123,7 +123,7 @@ def _arrays(attention: Gate | BlendedHead, inputs: tuple[torch.Tensor, ...]) -> 
         tensors = attention.gates(inputs[0])
     else:
         x, pooled = inputs
-        tensors = {"pooled": pooled.flatten(1), "head": attention.head(x).flatten(1)}
+        tensors = {"pooled": pooled.flatten(1), "head": attention.vector(x).flatten(1)}
     if attention.strength is not None:
         tensors["strength"] = attention.strength
     return {name: _numbers(tensor) for name, tensor in tensors.items()}

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from convattn.attachment import Attached, AttachedHead, attached
+from convattn.attachment import Attached, attached
 from convattn.nn import Gate
 
 # enough to tell whether a gate does anything
@@ -16,7 +16,8 @@ def departures(network: nn.Module, x: torch.Tensor) -> list[dict[str, Any]]:
     """For each site its mean distance from identity on some images, and its `strength` (None if it has none).
 
     For a gate that is the mean of |gate - 1| over its channels and positions, the mean of both for a gate of two
-    factors; for a pooling head the length of what it adds over the length of the pooled vector.
+    factors; for a pooling head the length of what it adds over the length of the pooled vector, for any other module
+    the same of the map.
     """
     sites = attached(network)
     seen: dict[str, float] = {}
@@ -31,7 +32,7 @@ def departures(network: nn.Module, x: torch.Tensor) -> list[dict[str, Any]]:
     return [
         {
             "site": name,
-            "place": "pool" if isinstance(wrapper, AttachedHead) else "residual",
+            "place": wrapper.site.place,
             "departure": seen[name],
             "strength": _strength(wrapper),
         }
@@ -50,7 +51,8 @@ def _recorder(name: str, seen: dict[str, float]) -> Any:
             gates = attention.gates(args[0]).values()
             seen[name] = float(torch.stack([(gate - 1).abs().mean() for gate in gates]).mean())
         else:
-            pooled = args[1]
-            seen[name] = float((output - pooled).norm() / pooled.norm())
+            # of a head the pooled vector, of other modules the map
+            before = args[-1]
+            seen[name] = float((output - before).norm() / before.norm())
 
     return record
