@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-all check bench
+.PHONY: demo test test-all check bench sweep
 
 demo: $(INSTALLED)
 	$(BIN)/convattn compare digits --variants se,cbam,dual --epochs 8 --jobs 2 --out demo
@@ -22,6 +22,9 @@ check: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/overhead.py
+
+sweep: $(INSTALLED)
+	$(BIN)/python benchmarks/sweep.py --markdown benchmarks/results/sweep.md
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -11,8 +11,10 @@ from convattn.attachment.wrapper import (
     Attached,
     AttachedBefore,
     AttachedHead,
+    AttachedInputSource,
     AttachedMany,
     AttachedMap,
+    AttachedShortcut,
     AttachedSource,
     AttachedVector,
     Passage,
@@ -110,7 +112,7 @@ def remove(model: nn.Module, name: str) -> None:
     """Take the attention of one site out again."""
     wrapper = model.get_submodule(name)
     out = [wrapper]
-    if isinstance(wrapper, AttachedVector):
+    if isinstance(wrapper, AttachedVector | AttachedShortcut):
         out += [module for module in model.modules() if _leaves_for(module, wrapper)]
     exchange(model, [(module, module.inner) for module in out if isinstance(module, Attached)])
 
@@ -124,7 +126,7 @@ def attached(model: nn.Module) -> list[tuple[str, Attached]]:
     ]
 
 
-def _leaves_for(source: nn.Module, wrapper: AttachedVector) -> bool:
+def _leaves_for(source: nn.Module, wrapper: AttachedVector | AttachedShortcut) -> bool:
     return isinstance(source, AttachedSource) and source.convattn_passage is wrapper.convattn_passage
 
 
@@ -147,6 +149,13 @@ def wrapped(model: nn.Module, site: Site, one: Entry, replace: bool = False) -> 
         return [
             (layer, AttachedVector(inner, module, passage, place.functions, **kept)),
             (source, AttachedSource(_plain(source, place.source, replace), passage, **kept)),
+        ]
+    if place.side == "shortcut":
+        source = _layer(model, place.source)
+        passage = Passage()
+        return [
+            (layer, AttachedShortcut(inner, module, passage, **kept)),
+            (source, AttachedInputSource(_plain(source, place.source, replace), passage, **kept)),
         ]
     if place.side == "map":
         return [(layer, AttachedMap(inner, module, pool=place.pool, **kept))]

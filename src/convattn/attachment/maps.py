@@ -1,14 +1,18 @@
 """The feature maps of one forward pass: which values are maps, where their channels are, which layers gave them."""
 
 from collections import defaultdict
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
 
 from convattn.attachment.wrapper import ATTENTION, INNER, Attached
+from convattn.errors import AttachError
 from convattn.networks.cut import example_for
-from convattn.networks.watching import INPUT, Call, Value, watch
+from convattn.networks.watching import INPUT, Call, Value, Watched, watch
 
+# images of networks that do not say what they take, the cheapest first
+SIDES = (64, 224, 299)
 CONVOLUTION = "convolution"
 # operators whose result has its channels in the second dimension, and those that have them in the last
 CHANNELS_FIRST = (CONVOLUTION, "batch_norm", "native_batch_norm", "_native_batch_norm", "native_group_norm", "upsample")
@@ -23,7 +27,7 @@ class Maps:
     """
 
     def __init__(self, model: nn.Module, example: Any) -> None:
-        self.seen = watch(model, example_for(model) if example is None else example)
+        self.seen = _watched(model) if example is None else watch(model, example)
         wrapped = {call.name for call in self.seen.calls if isinstance(call.module, Attached)}
         self._hidden = {f"{name}.{part}" for name in wrapped for part in (ATTENTION, INNER)}
         self._attention = {f"{name}.{ATTENTION}" for name in wrapped}
@@ -91,6 +95,18 @@ class Maps:
         if data and data[0].shape and self.axis(data[0]) == len(data[0].shape) - 1:
             return last
         return 1
+
+
+def _watched(model: nn.Module) -> Watched:
+    """A forward pass on random images of a size that the network takes."""
+    first, *others = [None] if getattr(model, "input_size", None) else SIDES
+    try:
+        return watch(model, example_for(model, side=first))
+    except AttachError:
+        for side in others:
+            with suppress(AttachError):
+                return watch(model, example_for(model, side=side))
+        raise
 
 
 def _moved(axis: int, value: Value, last: int) -> int:

@@ -105,10 +105,14 @@ class Survey:
 
     def _residual(self) -> Iterable[Found]:
         yield from self._not_residual()
-        targets = [branch for one in self.residual_sums for branch in one.branches]
         for one in self.residual_sums:
             for branch in one.branches:
-                yield self._after(branch, targets, near=one.value.within, what="the branch", innermost=True)
+                yield self._end_of(one, branch)
+
+    def _end_of(self, one: Sum, branch: Value) -> Found:
+        """The last layer of a branch."""
+        branches = [branch for each in self.residual_sums for branch in each.branches]
+        return self._after(branch, branches, near=one.value.within, what="the branch", innermost=True)
 
     def _not_residual(self) -> Iterable[Skipped]:
         for one in self.sums:
@@ -118,19 +122,25 @@ class Survey:
                 yield Skipped(one.value.within, "a sum of tokens, not of maps")
 
     def _before(self) -> Iterable[Found]:
-        firsts = [self._first_layer(one, branch) for one in self.residual_sums for branch in one.branches]
-        chosen = [(call.module, call.first) for call in firsts if isinstance(call, Call)]
-        for call in firsts:
-            if isinstance(call, Skipped):
-                yield call
-            elif any(
-                each.module is call.module and (each.module, each.first) not in chosen for each in self.maps.calls
-            ):
-                yield Skipped(call.name, "it is used elsewhere as well")
-            elif _has_part(call.module):
-                yield Skipped(call.name, f"it has a part called {ATTENTION!r} already")
+        for first in self._firsts.values():
+            if isinstance(first, Skipped):
+                yield first
             else:
-                yield self._place(call, self.maps.seen.values[call.x or 0], side="before")
+                yield self._place(first, self.maps.seen.values[first.x or 0], side="before")
+
+    @cached_property
+    def _firsts(self) -> dict[int, Call | Skipped]:
+        """The first layer of each branch, by the value with which the branch ends."""
+        found = {branch.index: self._first_layer(one, branch) for one in self.residual_sums for branch in one.branches}
+        chosen = {(id(call.module), call.first) for call in found.values() if isinstance(call, Call)}
+        for index, call in found.items():
+            if isinstance(call, Skipped):
+                continue
+            if any((id(each.module), each.first) not in chosen for each in self.maps.calls_of(call.module)):
+                found[index] = Skipped(call.name, "it is used elsewhere as well")
+            elif _has_part(call.module):
+                found[index] = Skipped(call.name, f"it has a part called {ATTENTION!r} already")
+        return found
 
     def _first_layer(self, one: Sum, branch: Value) -> Call | Skipped:
         """The layer with which a branch begins: all that the branch takes from outside comes in there."""
@@ -178,14 +188,9 @@ class Survey:
 
     def _activated(self, total: Value) -> Value:
         """A sum after the activation with which its block ends."""
-        users = self.maps.users(total)
-        if (
-            len(users) == 1
-            and users[0].operator.rstrip("_") in ACTIVATIONS
-            and users[0].within.startswith(total.within)
-        ):
-            return users[0]
-        return total
+        first, *others = [*self.maps.users(total), total]
+        activates = len(others) == 1 and first.operator.rstrip("_") in ACTIVATIONS
+        return first if activates and _is_inside(first.within, total.within) else total
 
     def _shortcuts(self) -> Iterable[Found]:
         targets = [one.shortcut for one in self.residual_sums if one.shortcut is not None]
@@ -196,17 +201,35 @@ class Survey:
             if all(user.index == one.value.index for user in self.maps.users(value)):
                 yield self._after(value, targets, near=one.value.within)
             else:
-                yield self._passed_on(one, value)
+                yield self._passed_on(one, value) or self._beside(one, value)
 
-    def _passed_on(self, one: Sum, value: Value) -> Found:
+    def _passed_on(self, one: Sum, value: Value) -> Place | None:
         """The place on a shortcut that is the block's input, where a layer of its own passes it on."""
         entered = min((user.index for user in self.maps.users(value) if user.index != one.value.index), default=0)
         for call in self.maps.calls:
-            passes = call.x == call.y == value.index and call.name.startswith(f"{one.value.within}.")
+            passes = call.x == call.y == value.index and _is_inside(call.name, one.value.within)
             # a layer that came before the branch took its input would stand on the branch as well
             if passes and call.alone and entered < call.first <= one.value.index and not _has_part(call.module):
                 return self._place(call, value)
-        return Skipped(one.value.within, "the shortcut is the block's input itself, without a layer of its own")
+        return None
+
+    def _beside(self, one: Sum, value: Value) -> Found:
+        """The place on a shortcut that is the block's input: between the first layer of the branch and its last."""
+        for branch in one.branches:
+            first, last = self._firsts[branch.index], self._end_of(one, branch)
+            begins = isinstance(first, Call) and first.x == value.index
+            if (
+                isinstance(first, Call)
+                and begins
+                and isinstance(last, Place)
+                and last.alone
+                and first.name != last.name
+            ):
+                place = self._place(first, value, side="shortcut")
+                return replace(place, name=last.name, source=first.name)
+        return Skipped(
+            one.value.within, "the shortcut is the block's input, and no two layers begin and end its branch"
+        )
 
     def _blocks(self) -> Iterable[Found]:
         ends = [block.end for block in self.blocks]
@@ -275,7 +298,8 @@ class Survey:
     def _place(self, call: Call, value: Value, side: str = "after") -> Place:
         axis, last = self.maps.axis(value), len(value.shape) - 1
         size = tuple(length for dimension, length in enumerate(value.shape) if dimension not in (0, axis))
-        return Place(call.name, "", value.shape[axis], size, axis == last, side, call.alone, self._stage_of(value))
+        alone = all(each.alone for each in self.maps.calls_of(call.module))
+        return Place(call.name, "", value.shape[axis], size, axis == last, side, alone, self._stage_of(value))
 
     def _stage_of(self, value: Value) -> int | None:
         after = [number for number, end in enumerate(self.stage_ends, 1) if value.index <= end.index]
@@ -284,6 +308,10 @@ class Survey:
 
 def _has_part(module: nn.Module) -> bool:
     return hasattr(module, ATTENTION) and not isinstance(module, Attached)
+
+
+def _is_inside(name: str, scope: str) -> bool:
+    return scope == "" or f"{name}.".startswith(f"{scope}.")
 
 
 def _is_container(call: Call) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from convattn import ops
+from convattn.errors import AttachError
 
 # distinctive, since it is taken out of keys wherever it stands
 INNER = "convattn_inner"
@@ -188,10 +189,21 @@ class AttachedMap(Attached):
 
 
 class Passage:
-    """Where a layer leaves its map for a head that stands further on, for the time of one forward pass."""
+    """Where a layer leaves a map for attention that stands further on, for the time of one forward pass."""
 
     def __init__(self) -> None:
         self.x: torch.Tensor | None = None
+
+    def take(self) -> torch.Tensor:
+        """The map, once: nothing is kept until the next pass.
+
+        Raises:
+            AttachError: nothing was left.
+        """
+        x, self.x = self.x, None
+        if x is None:
+            raise AttachError("A layer with attention was called without the one before it that leaves its map.")
+        return x
 
 
 class AttachedSource(Attached):
@@ -206,6 +218,32 @@ class AttachedSource(Attached):
         y = self.convattn_inner(x)
         self.convattn_passage.x = y
         return y  # type: ignore[no-any-return]
+
+
+class AttachedInputSource(AttachedSource):
+    """A layer that leaves its input in a passage."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer's output as it is."""
+        self.convattn_passage.x = x
+        return self.convattn_inner(x)  # type: ignore[no-any-return]
+
+
+class AttachedShortcut(Attached):
+    """The last layer of a branch whose shortcut is the block's input itself, with attention on that shortcut.
+
+    What attention changes of the input, which an `AttachedInputSource` at the first layer leaves, is added to the
+    branch: the sum with the shortcut is then that of the branch and of the gated input.
+    """
+
+    def __init__(self, inner: nn.Module, attention: nn.Module, passage: Passage, **options: Any) -> None:
+        super().__init__(inner, attention, **options)
+        self.convattn_passage = passage
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer's output, and what attention changes of the block's input."""
+        y, shortcut = self.convattn_inner(x), self.convattn_passage.take()
+        return y + (self.convattn_gated(shortcut) - shortcut)  # type: ignore[no-any-return]
 
 
 class AttachedVector(Attached):
@@ -229,12 +267,10 @@ class AttachedVector(Attached):
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
         """The layer's output for the vector, blended with the head's."""
-        x = self.convattn_passage.x
-        # the graph of this pass ends here: nothing is kept until the next one
-        self.convattn_passage.x = None
+        x = self.convattn_passage.take()
         for name, arguments in self.convattn_functions:
             x = getattr(torch.ops.aten, name)(x, *arguments)
-        return self.convattn_inner(self.attention(self.convattn_map(x), pooled))  # type: ignore[arg-type,no-any-return]
+        return self.convattn_inner(self.attention(self.convattn_map(x), pooled))  # type: ignore[no-any-return]
 
 
 class Blended(nn.Module):

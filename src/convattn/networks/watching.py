@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from convattn.errors import AttachError
 
@@ -136,6 +136,10 @@ def watch(model: nn.Module, example: Any) -> Watched:
         AttachError: the network does not run on the example. The model was not changed.
     """
     recorder = _Recorder()
+    # where the network is, the example goes
+    device = next((one.device for one in model.parameters()), None)
+    if device is not None:
+        example = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), example)
     args = example if isinstance(example, tuple) else () if isinstance(example, dict) else (example,)
     kwargs = example if isinstance(example, dict) else {}
     for tensor in _tensors((args, kwargs)):

@@ -1,0 +1,787 @@
+"""What was attached, written to files and read back: nothing else is written, and no other network takes it."""
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import convattn
+from convattn import attach, detach, errors, load, save
+from convattn.attachment import attached
+from tolerances import is_close
+
+ABOUT, WEIGHTS = "attention.json", "attention.safetensors"
+GATES, HEADS = convattn.names("gate"), convattn.names("head")
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+POOLS = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
+
+
+class Block(nn.Module):
+    """A residual block whose shortcut is a layer."""
+
+    def __init__(self, channels_in: int, channels: int, *, dimensions: int = 2) -> None:
+        super().__init__()
+        convolution, norm = CONVOLUTIONS[dimensions], NORMS[dimensions]
+        stride = 1 if channels == channels_in else 2
+        self.conv1 = convolution(channels_in, channels, 3, stride, padding=1)
+        self.bn1 = norm(channels)
+        self.relu = nn.ReLU()
+        self.conv2 = convolution(channels, channels, 3, padding=1)
+        self.bn2 = norm(channels)
+        self.shortcut = nn.Identity() if stride == 1 else convolution(channels_in, channels, 1, stride)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(y + self.shortcut(x))
+
+
+class Network(nn.Module):
+    """Two stages of two blocks, pooled by a layer, by a function of a layer's map, or after another function."""
+
+    def __init__(self, pooling: str = "layer", *, dimensions: int = 2) -> None:
+        super().__init__()
+        self.stem = CONVOLUTIONS[dimensions](3, 8, 3, padding=1)
+        self.layer1 = nn.Sequential(*(Block(8, 8, dimensions=dimensions) for _ in range(2)))
+        self.layer2 = nn.Sequential(Block(8, 16, dimensions=dimensions), Block(16, 16, dimensions=dimensions))
+        self.norm = NORMS[dimensions](16)
+        self.pool = POOLS[dimensions](1)
+        self.head = nn.Linear(16, 5)
+        self.pooling = pooling
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.layer2(self.layer1(self.stem(x))))
+        if self.pooling == "layer":
+            return self.head(self.pool(x).flatten(1))
+        if self.pooling == "function":
+            return self.head(x.mean(tuple(range(2, x.dim()))))
+        return self.head(F.adaptive_avg_pool2d(F.leaky_relu(x, 0.3), 1).flatten(1))
+
+
+class LastBlock(nn.Module):
+    """A residual block on maps whose channels are the last dimension."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.mix = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.fc1 = nn.Linear(channels, 2 * channels)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(2 * channels, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.mix(self.norm(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x + self.fc2(self.act(self.fc1(y)))
+
+
+class Last(nn.Module):
+    """A network whose maps have their channels in the last dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, stride=4)
+        self.blocks = nn.Sequential(LastBlock(8), LastBlock(8))
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.blocks(self.stem(x).permute(0, 2, 3, 1))).mean((1, 2)))
+
+
+class Shared(nn.Module):
+    """Two blocks with one layer in common, which has three names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.Sequential(Block(8, 8), Block(8, 8))
+        self.blocks[1].bn2 = self.blocks[0].bn2
+        self.also = self.blocks[0].bn2
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class Around(nn.Module):
+    """A network that has another one inside."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """With random batch-norm statistics, so that no gate stands on a fresh norm."""
+    for module in model.modules():
+        if isinstance(module, tuple(NORMS.values())):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean, std=0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model.eval()
+
+
+def images(dimensions: int = 2, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(2, 3, *[8 if dimensions == 3 else 16] * dimensions, dtype=dtype)
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """The same model, every parameter and buffer of its attention another one than at first."""
+    with torch.no_grad():
+        for _, wrapper in attached(model):
+            for key, value in wrapper.attention.state_dict().items():
+                if value.is_floating_point():
+                    # neither saturated nor, as a variance, negative
+                    value.copy_(torch.rand(value.shape) + 0.5 if "var" in key else 0.2 * torch.randn(value.shape) + 0.1)
+                else:
+                    value.add_(3)
+    return model
+
+
+def added(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in model.state_dict().items() if ".attention." in key}
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two networks have the same attention at the same sites, with equal parameters."""
+    # JSON has lists for tuples
+    sites = [
+        [
+            (name, type(wrapper).__name__, json.dumps(dataclasses.asdict(wrapper.site)))
+            for name, wrapper in attached(model)
+        ]
+        for model in (one, other)
+    ]
+    first, second = one.state_dict(), other.state_dict()
+    equal = list(first) == list(second) and all(torch.equal(first[key], second[key]) for key in first)
+    return sites[0] == sites[1] and equal
+
+
+def check_round_trip(plain: nn.Module, folder: Path, *args: Any, x: torch.Tensor | None = None, **options: Any) -> None:
+    """Attach, move, save, load into a copy of the plain network: the same network, which is not the plain one."""
+    x = images() if x is None else x
+    model = moved(attach(copy.deepcopy(plain), *args, **options))
+    fresh = copy.deepcopy(plain)
+    assert load(fresh, save(model, folder)) is fresh
+    assert same(fresh, model)
+    with torch.no_grad():
+        y = model(x)
+        assert torch.equal(fresh(x), y)
+        # a mean beside a mean changes nothing
+        assert args[0] == "avg" or not is_close(y, plain(x))
+        # in train mode as well, statistics included
+        assert torch.equal(fresh.train()(x), model.train()(x)) and same(fresh, model)
+
+
+def state(model: nn.Module) -> list[Any]:
+    """What a failure must leave as it is: layers by identity, modes, hooks, and parameters by value."""
+    layers = [(name, id(one), one.training, len(one._forward_hooks)) for name, one in model.named_modules()]
+    return layers + [(key, value.clone()) for key, value in model.state_dict().items()]
+
+
+def check_unchanged(before: list[Any], model: nn.Module) -> None:
+    after = state(model)
+    assert len(after) == len(before)
+    for one, other in zip(before, after, strict=True):
+        assert one[0] == other[0]
+        assert torch.equal(one[1], other[1]) if isinstance(one[1], torch.Tensor) else one == other
+
+
+def check_refused(model: nn.Module, error: type[Exception], match: str, folder: Path, **options: Any) -> str:
+    """The message of a refusal, of one line, that left the model as it was."""
+    before = state(model)
+    with pytest.raises(error, match=match) as caught:
+        load(model, folder, **options)
+    check_unchanged(before, model)
+    message = str(caught.value)
+    assert isinstance(caught.value, errors.ConvattnError) and "\n" not in message
+    assert message.endswith("The model was not changed.")
+    return message
+
+
+# what is written
+
+
+@pytest.mark.parametrize("attention", [*GATES, *HEADS, "cbam+dual"])
+@pytest.mark.parametrize("start", ["identity", "paper"])
+def test_only_what_was_added_is_written(attention: str, start: str, tmp_path: Path) -> None:
+    model = moved(attach(randomised(Network()), attention, start=start))
+    assert save(model, tmp_path / "new" / "folder") == tmp_path / "new" / "folder"
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [ABOUT, WEIGHTS]
+    written = safetensors.torch.load_file(tmp_path / "new" / "folder" / WEIGHTS)
+    expected = added(model)
+    assert sorted(written) == sorted(expected)
+    assert expected or (start == "paper" and attention in ("avg", "max", "avgmax"))
+    assert all(
+        torch.equal(written[key], value) and written[key].dtype == value.dtype for key, value in expected.items()
+    )
+
+
+def test_description(tmp_path: Path) -> None:
+    model = attach(Network(), "cbam+dual", reduction=4, kernel_size=3)
+    about = json.loads((save(model, tmp_path) / ABOUT).read_text())
+    assert about["convattn"] == convattn.__version__ and about["torch"] == torch.__version__
+    assert about["base"]["network"].endswith("Network")
+    # of the plain network, and of nothing that was added
+    kept = [key for key in Network().state_dict() if not key.endswith("num_batches_tracked")]
+    assert sorted(about["base"]["tensors"]) == sorted(kept)
+    described = [(site["name"], site["attention"], site["options"], site["start"]) for site in about["sites"]]
+    gate = {"reduction": 4, "kernel_size": 3}
+    names = [f"layer{stage}.{block}.bn2" for stage in (1, 2) for block in (0, 1)]
+    assert described == [(name, "cbam", gate, "identity") for name in names] + [("pool", "dual", {}, "identity")]
+
+
+def test_saving_does_not_change_the_model(tmp_path: Path) -> None:
+    model = attach(Network().train(), "cbam+dual")
+    before = state(model)
+    save(model, tmp_path)
+    check_unchanged(before, model)
+
+
+def test_a_network_without_attention_has_nothing_to_save(tmp_path: Path) -> None:
+    with pytest.raises(errors.AttachError, match="Network has no attention to save"):
+        save(Network(), tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_folder_with_other_content(tmp_path: Path) -> None:
+    others = {"notes.txt": b"mine", "model.safetensors": b"\0\1", "below/attention.json": b"{}", "attention": b"?"}
+    for name, content in others.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    model = moved(attach(randomised(Network()), "se"))
+    fresh = detach(copy.deepcopy(model))
+    save(attach(Network(), "cbam"), tmp_path)
+    save(model, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {ABOUT, WEIGHTS, "below", *others} - {"below/attention.json"}
+    assert all((tmp_path / name).read_bytes() == content for name, content in others.items())
+    # the first was replaced, of another attention as it was
+    assert same(load(fresh, tmp_path), model)
+
+
+def test_an_option_that_cannot_be_written(tmp_path: Path) -> None:
+    def factory(channels: int, activation: nn.Module) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(channels, channels, 1), activation)
+
+    model = attach(Network(), factory, activation=nn.Sigmoid())
+    with pytest.raises(errors.InvalidOption, match="cannot be written to JSON"):
+        save(model, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_failure_while_saving_keeps_what_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = randomised(Network())
+    model = moved(attach(copy.deepcopy(plain), "se"))
+    save(model, tmp_path)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*args: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(moved(model), tmp_path)
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+# round trips
+
+
+@pytest.mark.parametrize("attention", [*GATES, *HEADS, "cbam+dual", "spatial+concat"])
+@pytest.mark.parametrize("start", ["identity", "paper"])
+def test_every_module(attention: str, start: str, tmp_path: Path) -> None:
+    check_round_trip(randomised(Network()), tmp_path, attention, start=start)
+
+
+@pytest.mark.parametrize(
+    "at", ["residual", "residual-pre", "residual-post", "shortcut", "block", "stage", "final", "layer"]
+)
+@pytest.mark.parametrize("attention", ["se", "cbam"])
+def test_every_place(at: str, attention: str, tmp_path: Path) -> None:
+    where = {"where": ["stem", "layer2.0.conv1"]} if at == "layer" else {}
+    check_round_trip(randomised(Network()), tmp_path, attention, at=at, **where)
+    sites = [(site["place"], site["found"]["side"]) for site in json.loads((tmp_path / ABOUT).read_text())["sites"]]
+    assert set(sites) == {(at, "before" if at == "residual-pre" else "after")}
+
+
+@pytest.mark.parametrize("pooling, side", [("layer", "pool"), ("function", "map"), ("functions", "vector")])
+@pytest.mark.parametrize("attention", [*HEADS, "cbam+dual"])
+def test_every_pooling(pooling: str, side: str, attention: str, tmp_path: Path) -> None:
+    check_round_trip(randomised(Network(pooling)), tmp_path, attention)
+    site = json.loads((tmp_path / ABOUT).read_text())["sites"][-1]
+    assert site["found"]["side"] == side
+
+
+@pytest.mark.parametrize("dimensions", [1, 3])
+@pytest.mark.parametrize("attention", ["cbam", "dual"])
+def test_other_dimensions(dimensions: int, attention: str, tmp_path: Path) -> None:
+    plain = randomised(Network(dimensions=dimensions))
+    x = images(dimensions)
+    check_round_trip(plain, tmp_path, attention, x=x, example=x)
+
+
+@pytest.mark.parametrize("at", ["residual", "residual-pre", "block", "stage", "final", "pool"])
+def test_channels_in_the_last_dimension(at: str, tmp_path: Path) -> None:
+    check_round_trip(Last(), tmp_path, "dual" if at == "pool" else "cbam", at=at)
+    assert all(site["channels_last"] for site in json.loads((tmp_path / ABOUT).read_text())["sites"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
+    check_round_trip(randomised(Network()).to(dtype), tmp_path, "cbam+dual", x=images(dtype=dtype))
+    written = safetensors.torch.load_file(tmp_path / WEIGHTS)
+    assert {value.dtype for value in written.values() if value.is_floating_point()} == {dtype}
+
+
+def test_options_of_the_modules(tmp_path: Path) -> None:
+    options = {"reduction": 4, "pools": ("max", "l2"), "norm": None, "kernel_size": 3, "order": "parallel"}
+    check_round_trip(randomised(Network()), tmp_path, "cbam+dual", **options)
+
+
+def test_several_calls(tmp_path: Path) -> None:
+    plain = randomised(Network("functions"))
+    model = attach(copy.deepcopy(plain), "se", stages=1, reduction=2)
+    attach(model, "cbam", stages=2, start="paper", kernel_size=3)
+    attach(model, "spatial", at="residual-pre", where="layer1.1")
+    attach(model, "dual")
+    fresh = load(copy.deepcopy(plain), save(moved(model), tmp_path))
+    x = images()
+    assert [type(wrapper.attention).__name__ for _, wrapper in attached(fresh)] == [
+        *("SqueezeExcite", "SpatialAttention", "SqueezeExcite", "CBAM", "CBAM", "BlendedHead")
+    ]
+    assert same(fresh, model) and torch.equal(fresh(x), model(x)) and not is_close(model(x), plain(x))
+
+
+def test_gates_within_gates(tmp_path: Path) -> None:
+    plain = randomised(Network())
+    model = attach(attach(copy.deepcopy(plain), "se", at="block"), "cbam", at="residual")
+    attach(model, "spatial", at="residual-pre")
+    assert len(attached(moved(model))) == 12
+    fresh = load(copy.deepcopy(plain), save(model, tmp_path))
+    x = images()
+    assert same(fresh, model) and torch.equal(fresh(x), model(x))
+    # the fingerprint is that of the plain network, whatever is attached within what
+    assert not any(".attention." in key for key in json.loads((tmp_path / ABOUT).read_text())["base"]["tensors"])
+
+
+def test_a_layer_with_several_names(tmp_path: Path) -> None:
+    plain = randomised(Shared())
+    model = moved(attach(copy.deepcopy(plain), "cbam"))
+    assert len(attached(model)) == 1
+    written = safetensors.torch.load_file(save(model, tmp_path) / WEIGHTS)
+    assert {key.split(".attention.")[0] for key in written} == {"blocks.0.bn2"}
+    fresh, x = load(copy.deepcopy(plain), tmp_path), images()
+    assert fresh.blocks[0].bn2 is fresh.blocks[1].bn2 is fresh.also
+    assert same(fresh, model) and torch.equal(fresh(x), model(x)) and not is_close(model(x), plain(x))
+
+
+def test_a_layer_with_several_arguments(tmp_path: Path) -> None:
+    class Conditioned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.conv2 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            return x + self.conv2(torch.relu(self.conv1(x)) * scale)
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 3)
+            self.blocks = nn.ModuleList([Conditioned(), Conditioned()])
+
+        def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x)
+            for block in self.blocks:
+                x = block(x, scale)
+            return x.mean((2, 3))
+
+    plain, inputs = Two(), (images(), torch.tensor(0.5))
+    model = moved(attach(copy.deepcopy(plain), "se", at="block", example=inputs))
+    fresh = load(copy.deepcopy(plain), save(model, tmp_path))
+    assert len(attached(fresh)) == 2 and torch.equal(fresh(*inputs), model(*inputs))
+    assert not is_close(model(*inputs), plain(*inputs))
+
+
+def test_a_loaded_network_is_trained_and_saved_on(tmp_path: Path) -> None:
+    plain = randomised(Network())
+    model = attach(copy.deepcopy(plain), "se+dual")
+    fresh = load(copy.deepcopy(plain).train(), save(model, tmp_path / "first"))
+    assert all(module.training for module in fresh.modules())
+    assert all(parameter.requires_grad for parameter in fresh.parameters())
+    fresh(images()).square().sum().backward()
+    for name, wrapper in attached(fresh):
+        assert wrapper.attention.strength.grad.any(), name
+    again = load(copy.deepcopy(plain), save(moved(fresh.eval()), tmp_path / "second"), weights="any")
+    assert list(added(again)) == list(added(fresh))
+    assert all(torch.equal(value, added(fresh)[key]) for key, value in added(again).items())
+    # and taken out again
+    assert not attached(detach(fresh)) and list(fresh.state_dict()) == list(plain.state_dict())
+
+
+def test_beside_other_attention(tmp_path: Path) -> None:
+    plain = randomised(Network())
+    one, other = (moved(attach(copy.deepcopy(plain), "se", stages=stage)) for stage in (1, 2))
+    load(other, save(one, tmp_path))
+    assert len(attached(other)) == 4
+    with torch.no_grad():
+        x = plain.stem(images())
+        assert torch.equal(other.layer1(x), one.layer1(x)) and not is_close(one.layer1(x), plain.layer1(x))
+
+
+def test_where_there_is_attention_already(tmp_path: Path) -> None:
+    model = attach(randomised(Network()), "se")
+    save(model, tmp_path)
+    check_refused(model, errors.AttachError, "'layer1.0.bn2' has attention already", tmp_path)
+
+
+@pytest.mark.parametrize("pooling", ["layer", "function", "functions"])
+def test_a_part_of_a_network(pooling: str, tmp_path: Path) -> None:
+    # attached as a whole, saved as a part, as an encoder is, and the other way round
+    plain, x = randomised(Network(pooling)), images()
+    whole = moved(attach(Around(copy.deepcopy(plain)), "cbam+dual"))
+    part = load(copy.deepcopy(plain), save(whole.body, tmp_path / "part"))
+    assert torch.equal(part(x), whole(x))
+    again = load(Around(copy.deepcopy(plain)), save(Around(part), tmp_path / "whole"))
+    assert torch.equal(again(x), whole(x)) and not is_close(whole(x), plain(x))
+
+
+def test_a_network_with_state_beside_its_tensors(tmp_path: Path) -> None:
+    class Counting(nn.Conv2d):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"steps": 3}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            pass
+
+    plain = randomised(Network())
+    plain.stem = Counting(3, 8, 3, padding=1)
+    check_round_trip(plain, tmp_path, "se")
+
+
+def test_tensors_of_every_kind(tmp_path: Path) -> None:
+    plain = randomised(Network())
+    kinds = (torch.bool, torch.int64, torch.uint8, torch.bfloat16, torch.float16, torch.complex64)
+    for dtype in kinds:
+        plain.register_buffer(f"some_{str(dtype)[6:]}", torch.ones(3, 2).to(dtype).t())
+    plain.register_buffer("empty", torch.zeros(0, 4))
+    plain.register_buffer("scalar", torch.tensor(3.0))
+    plain.register_buffer("expanded", torch.ones(1).expand(5))
+    check_round_trip(plain, tmp_path, "se")
+    # another order in memory is no difference, another value is one
+    load(copy.deepcopy(plain).to(memory_format=torch.channels_last), tmp_path)
+    for name in ("some_bool", "some_bfloat16", "some_complex64", "scalar"):
+        other = copy.deepcopy(plain)
+        other.get_buffer(name).zero_()
+        check_refused(other, errors.WeightsError, rf"1 tensor \({name}\)", tmp_path)
+
+
+# factories
+
+
+def squeezed(channels: int, width: int = 2) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(channels, width, 1), nn.ReLU(), nn.Conv2d(width, channels, 1))
+
+
+def vector(channels: int) -> nn.Module:
+    return nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(channels, 7))
+
+
+@pytest.mark.parametrize("start", ["identity", "paper"])
+@pytest.mark.parametrize("factory, at", [(squeezed, "residual"), (squeezed, "block"), (vector, "pool")])
+def test_factories(factory: Callable[..., nn.Module], at: str, start: str, tmp_path: Path) -> None:
+    plain, x = randomised(Network()), images()
+    options = {"width": 3} if factory is squeezed else {}
+    model = moved(attach(copy.deepcopy(plain), factory, at=at, start=start, **options))
+    save(model, tmp_path)
+    assert sorted(safetensors.torch.load_file(tmp_path / WEIGHTS)) == sorted(added(model))
+    fresh = load(copy.deepcopy(plain), tmp_path, factories={factory.__name__: factory, "other": vector})
+    assert same(fresh, model) and torch.equal(fresh(x), model(x)) and not is_close(model(x), plain(x))
+
+
+def test_a_factory_that_is_not_given(tmp_path: Path) -> None:
+    plain = randomised(Network())
+    save(attach(copy.deepcopy(plain), squeezed), tmp_path)
+    for factories in (None, {}, {"se": squeezed}):
+        match = r"'layer1.0.bn2' was made by a factory called 'squeezed': give it with factories=\{'squeezed'"
+        check_refused(plain, errors.WeightsError, match, tmp_path, factories=factories)
+
+
+def test_a_factory_with_the_name_of_a_registered_module(tmp_path: Path) -> None:
+    def se(channels: int) -> nn.Module:
+        return nn.Conv2d(channels, channels, 1)
+
+    plain, x = randomised(Network()), images()
+    model = moved(attach(copy.deepcopy(plain), se))
+    save(model, tmp_path)
+    check_refused(plain, errors.WeightsError, "made by a factory called 'se'", tmp_path)
+    assert torch.equal(load(plain, tmp_path, factories={"se": se})(x), model(x))
+
+
+def test_another_factory_of_that_name(tmp_path: Path) -> None:
+    plain = randomised(Network())
+    save(attach(copy.deepcopy(plain), squeezed), tmp_path)
+    check_refused(plain, errors.WeightsError, "'layer1.0.bn2' do not fit", tmp_path, factories={"squeezed": vector})
+
+
+def test_a_factory_that_fails_at_the_third_site(tmp_path: Path) -> None:
+    plain = randomised(Network())
+    save(attach(copy.deepcopy(plain), squeezed), tmp_path)
+    built = []
+
+    def breaking(channels: int) -> nn.Module:
+        built.append(channels)
+        if len(built) == 3:
+            raise MemoryError
+        return squeezed(channels)
+
+    before = state(plain)
+    with pytest.raises(MemoryError):
+        load(plain, tmp_path, factories={"squeezed": breaking})
+    assert len(built) == 3
+    check_unchanged(before, plain)
+
+
+def test_two_factories_of_one_name(tmp_path: Path) -> None:
+    # by their name alone they could not be told apart when they are loaded
+    model = attach(Network(), lambda channels: nn.Conv2d(channels, channels, 1), stages=1)
+    attach(model, lambda channels: nn.Conv2d(channels, channels, 3, padding=1), stages=2)
+    with pytest.raises(errors.ConvattnError, match="<lambda>"):
+        save(model, tmp_path)
+
+
+# another network
+
+
+def widened(model: Network) -> None:
+    model.head = nn.Linear(16, 7)
+
+
+def without_norm(model: Network) -> None:
+    model.norm = nn.Identity()
+
+
+def with_more(model: Network) -> None:
+    model.layer1[0].extra = nn.Linear(3, 3)
+
+
+def scaled(model: Network) -> None:
+    with torch.no_grad():
+        model.stem.weight[0, 0, 0, 0] += 1e-6
+
+
+def with_statistics(model: Network) -> None:
+    model.layer2[0].bn1.running_mean += 1
+
+
+def doubled(model: Network) -> None:
+    model.double()
+
+
+def partly_doubled(model: Network) -> None:
+    model.head.double()
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (widened, r"2 tensors \(head.weight, ...\) of another shape \(\[5, 16\] there, \[7, 16\] here\)"),
+        (without_norm, r"4 tensors \(norm.weight, ...\) only there"),
+        (with_more, r"2 tensors \(layer1.0.extra.weight, ...\) only here"),
+    ],
+)
+@pytest.mark.parametrize("weights", ["same", "any"])
+def test_a_network_of_another_structure(
+    change: Callable[[Network], None], match: str, weights: str, tmp_path: Path
+) -> None:
+    plain = randomised(Network())
+    save(attach(copy.deepcopy(plain), "cbam"), tmp_path)
+    change(plain)
+    message = check_refused(plain, errors.WeightsError, match, tmp_path, weights=weights)
+    assert "test_saving.Network, and this is another network, " in message and str(tmp_path) in message
+
+
+def test_every_difference_is_named(tmp_path: Path) -> None:
+    save(attach(Network(), "se"), tmp_path)
+    other = Network()
+    for change in (widened, without_norm, with_more):
+        change(other)
+    message = check_refused(other, errors.WeightsError, "only there", tmp_path)
+    assert "only here" in message and "of another shape" in message
+
+
+def test_a_network_of_another_class_is_named(tmp_path: Path) -> None:
+    save(attach(Network(), "se"), tmp_path)
+    message = check_refused(Last(), errors.WeightsError, "another network", tmp_path)
+    assert "test_saving.Network" in message and "test_saving.Last" in message
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (scaled, r"1 tensor \(stem.weight\) of \d+\. "),
+        (with_statistics, r"1 tensor \(layer2.0.bn1.running_mean\) of \d+\. "),
+        (doubled, r"\d+ tensors \(stem.weight, ...\) of \d+ \(float32 there, float64 here\)"),
+        (partly_doubled, r"2 tensors \(head.weight, ...\) of \d+ \(float32 there, float64 here\)"),
+    ],
+)
+def test_other_weights(change: Callable[[Network], None], match: str, tmp_path: Path) -> None:
+    plain = randomised(Network())
+    model = moved(attach(copy.deepcopy(plain), "cbam+dual"))
+    save(model, tmp_path)
+    change(plain)
+    message = check_refused(plain, errors.WeightsError, match, tmp_path)
+    assert "with other weights than this network has" in message and "weights='any'" in message
+    load(plain, tmp_path, weights="any")
+    assert len(attached(plain)) == 5
+    dtypes = {value.dtype for value in added(plain).values() if value.is_floating_point()}
+    assert dtypes == {torch.float64 if change is doubled else torch.float32}
+    for key, value in added(plain).items():
+        assert is_close(value.double(), added(model)[key].double()), key
+
+
+def test_counts_of_steps_are_no_weights(tmp_path: Path) -> None:
+    plain = randomised(Network())
+    save(attach(copy.deepcopy(plain), "se"), tmp_path)
+    plain.norm.num_batches_tracked += 5
+    assert len(attached(load(plain, tmp_path))) == 4
+
+
+def test_a_choice_of_weights(tmp_path: Path) -> None:
+    save(attach(Network(), "se"), tmp_path)
+    with pytest.raises(errors.InvalidOption, match="weights must be one of 'same', 'any', got 'none'"):
+        load(Network(), tmp_path, weights="none")
+
+
+# damage
+
+
+def saved(folder: Path) -> Network:
+    """A plain network whose attention lies in a folder."""
+    plain = randomised(Network())
+    save(moved(attach(copy.deepcopy(plain), "cbam+dual")), folder)
+    return plain
+
+
+def described(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the description."""
+    about = json.loads((folder / ABOUT).read_text())
+    change(about)
+    (folder / ABOUT).write_text(json.dumps(about))
+
+
+def weighted(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Change the weights."""
+    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    change(tensors)
+    safetensors.torch.save_file(tensors, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize("name", [ABOUT, WEIGHTS])
+def test_a_missing_file(name: str, tmp_path: Path) -> None:
+    plain = saved(tmp_path)
+    (tmp_path / name).unlink()
+    message = check_refused(plain, errors.WeightsError, f"No {name} in", tmp_path)
+    assert str(tmp_path) in message
+
+
+def test_a_missing_folder(tmp_path: Path) -> None:
+    check_refused(saved(tmp_path), errors.WeightsError, f"No {ABOUT} in", tmp_path / "nowhere")
+    # a file is no folder
+    check_refused(Network(), errors.WeightsError, f"No {ABOUT} in", tmp_path / WEIGHTS)
+
+
+@pytest.mark.parametrize("name", [ABOUT, WEIGHTS])
+@pytest.mark.parametrize("damage", ["empty", "cut", "other", "bytes"])
+def test_a_damaged_file(name: str, damage: str, tmp_path: Path) -> None:
+    plain = saved(tmp_path)
+    content = (tmp_path / name).read_bytes()
+    damaged = {"empty": b"", "cut": content[:-40], "other": b"no such thing", "bytes": bytes(range(200, 256)) * 20}
+    (tmp_path / name).write_bytes(damaged[damage])
+    check_refused(plain, errors.WeightsError, "cannot be read", tmp_path)
+
+
+@pytest.mark.parametrize("number", [0, 2, "1", None])
+def test_another_format(number: Any, tmp_path: Path) -> None:
+    plain = saved(tmp_path)
+    described(tmp_path, lambda about: about.update(format=number))
+    message = check_refused(plain, errors.WeightsError, f"has the format {number}, written by convattn", tmp_path)
+    assert f"convattn {convattn.__version__}; this version reads format 1" in message
+
+
+@pytest.mark.parametrize("content", ["[]", "1", '"text"', "null", "{}", '{"format": 1}'])
+def test_a_description_of_something_else(content: str, tmp_path: Path) -> None:
+    plain = saved(tmp_path)
+    (tmp_path / ABOUT).write_text(content)
+    check_refused(plain, errors.WeightsError, "does not describe attention", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda about: about.update(base=None),
+        lambda about: about.update(base={}),
+        lambda about: about["base"]["tensors"].update({"stem.weight": None}),
+        lambda about: about.update(sites=None),
+        lambda about: about.update(sites=["layer1.0.bn2"]),
+        lambda about: about["sites"][2].pop("start"),
+        lambda about: about["sites"][2].pop("found"),
+        lambda about: about["sites"][2].update(found={}),
+        lambda about: about["sites"][2].update(size=16),
+        lambda about: about["sites"][2].update(start="fresh"),
+        lambda about: about["sites"][2].update(options=[1]),
+        lambda about: about["sites"][2].update(options={"depth": 3}),
+        lambda about: about["sites"][2].update(unknown=3),
+        lambda about: about["sites"][2]["found"].update(channels="16"),
+    ],
+    ids=range(14),
+)
+def test_a_damaged_description(change: Callable[[dict[str, Any]], Any], tmp_path: Path) -> None:
+    plain = saved(tmp_path)
+    described(tmp_path, change)
+    check_refused(plain, errors.WeightsError, ABOUT, tmp_path)
+
+
+def test_a_site_that_the_network_does_not_have(tmp_path: Path) -> None:
+    plain = saved(tmp_path)
+    described(tmp_path, lambda about: about["sites"][2].update(name="layer9.0.bn2"))
+    check_refused(plain, errors.AttachError, "no layer 'layer9.0.bn2'", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (lambda tensors: tensors.pop("layer2.0.bn2.attention.strength"), "'layer2.0.bn2' do not fit .*strength"),
+        (lambda tensors: tensors.pop("pool.attention.head.reduce.bias"), "'pool' do not fit .*reduce.bias"),
+        (lambda tensors: tensors.clear(), "'layer1.0.bn2' do not fit"),
+        (
+            lambda tensors: tensors.update({"layer2.1.bn2.attention.strength": torch.ones(2)}),
+            r"'layer2.1.bn2' do not fit .*\[2\].*\[1\]",
+        ),
+        (
+            lambda tensors: tensors.update({"layer2.1.bn2.attention.more": torch.ones(2)}),
+            "'layer2.1.bn2' do not fit .*more",
+        ),
+    ],
+    ids=["missing", "missing head", "empty", "shape", "unexpected"],
+)
+def test_weights_that_do_not_fit(change: Callable[[dict[str, torch.Tensor]], Any], match: str, tmp_path: Path) -> None:
+    plain = saved(tmp_path)
+    weighted(tmp_path, change)
+    check_refused(plain, errors.WeightsError, match, tmp_path)
+    # nothing is left of the failure: the next one loads
+    save(attach(copy.deepcopy(plain), "se"), tmp_path)
+    assert len(attached(load(plain, tmp_path))) == 4
