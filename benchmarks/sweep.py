@@ -32,7 +32,7 @@ from convattn.errors import AttachError
 Buffers = list[tuple[torch.Tensor, torch.Tensor]]
 
 PLACES = ("residual", "block", "stage", "final", "pool")
-SIDES = (64, 96, 128, 160, 224, 256)
+SIDES = (64, 96, 128, 160, 224, 256, 299)
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def _checked(model: nn.Module, plan: convattn.Plan, x: torch.Tensor, state: Buff
     if not before[False].isfinite().all():
         return "the plain network gives no finite output"
     convattn.attach(model, plan)
-    if [key for key in model.state_dict() if ".attention." not in key] != keys:
+    if [key for key in model.state_dict() if key in set(keys)] != keys:
         return "the keys of the state dict are others"
     for mode, y in before.items():
         if not torch.equal(_run(model, x, mode, state), y):

@@ -3,7 +3,8 @@
 import copy
 import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +18,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import convattn
 from convattn import attach, detach, plan
-from convattn.attachment import Attached, AttachedHead, Blended, attached
+from convattn.attachment import AttachedHead, Blended, attached
 from convattn.attachment.sites import PLACES
+from convattn.attachment.wrapper import AttachedShortcut, AttachedSource
 from convattn.errors import AttachError, ConvattnError, InvalidOption
 from convattn.networks.cifar_resnet import CifarResNet
 from convattn.nn import CBAM, SqueezeExcite
-from tolerances import TOLERANCES, assert_close, is_close
+from convattn.registry import entry
+from tolerances import assert_close, is_close
 
-GATED = [place for place in PLACES if place != "pool"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 HEADS = ("avg", "max", "avgmax", "concat", "dual")
 
@@ -35,7 +37,7 @@ def names(model: nn.Module, at: str, **options: Any) -> list[str]:
 
 
 def randomise(model: nn.Module) -> nn.Module:
-    """Random weights and statistics for all norms: those that start at 0 or 1 hide what stands behind or before them."""
+    """Random weights and statistics for all norms: those that start at 0 or 1 hide what stands beside them."""
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
@@ -60,10 +62,12 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
 
     def listed() -> list[Any]:
         return [
-            (name, id(module), module.training, sorted(module._modules), sorted(vars(module)))
-            + tuple(len(getattr(module, hooks)) for hooks in vars(module) if hooks.endswith("_hooks"))
+            (name, id(module), module.training, sorted(module._modules), sorted(vars(module)), hooks(module))
             for name, module in model.named_modules(remove_duplicate=False)
         ]
+
+    def hooks(module: nn.Module) -> list[int]:
+        return [len(getattr(module, key)) for key in vars(module) if key.endswith("_hooks")]
 
     modules, state = listed(), model.state_dict(keep_vars=True)
     values = {key: value.clone() for key, value in state.items()}
@@ -126,11 +130,12 @@ def resnet(counts: Sequence[int], last_norm: str, pool: str) -> dict[str, list[s
     blocks = grid("layer{}.{}", counts, 1)
     # a projection where the size or the number of channels changes: bottlenecks widen the map in the first stage too
     projected = [f"layer{stage}.0" for stage in range(1, 5) if stage > 1 or last_norm == "bn3"]
+    # where the shortcut is the block's input, it is gated with the last layer of the branch
     return {
         "residual": [f"{block}.{last_norm}" for block in blocks],
         "residual-pre": [f"{block}.conv1" for block in blocks],
         "residual-post": blocks,
-        "shortcut": [f"{block}.downsample.1" for block in projected],
+        "shortcut": [f"{block}.{'downsample.1' if block in projected else last_norm}" for block in blocks],
         "block": blocks,
         "stage": ends("layer{}.{}", counts, 1),
         "final": [blocks[-1]],
@@ -146,7 +151,7 @@ def mobile_torchvision(
         "residual": [last(block) for block in residual],
         "residual-pre": [f"{block}.{first}" for block in residual],
         "residual-post": residual,
-        "shortcut": [],
+        "shortcut": [last(block) for block in residual],
         "block": blocks,
         "stage": stages,
         # a convolution, its norm and its activation
@@ -160,7 +165,7 @@ def mobile_timm(residual: list[str], final: str) -> dict[str, list[str]]:
         "residual": [f"{block}.bn3" for block in residual],
         "residual-pre": [f"{block}.conv_pw" for block in residual],
         "residual-post": residual,
-        "shortcut": [],
+        "shortcut": [f"{block}.bn3" for block in residual],
         "final": [final],
         "pool": ["global_pool"],
     }
@@ -248,7 +253,7 @@ NETWORKS: dict[str, dict[str, list[str]]] = {
         "residual": [f"{block}.conv3" for block in PREACTIVATION],
         # the projection takes the map after the first norm as well, so that the branch begins behind that
         "residual-pre": [f"{block}.{'conv1' if block.endswith('.0') else 'norm1'}" for block in PREACTIVATION],
-        "shortcut": [f"stages.{stage}.blocks.0.downsample" for stage in range(4)],
+        "shortcut": [f"{block}.{'downsample' if block.endswith('.0') else 'conv3'}" for block in PREACTIVATION],
         "stage": [f"stages.{stage}" for stage in range(4)],
         "final": ["norm"],
         "pool": ["head.global_pool"],
@@ -256,7 +261,7 @@ NETWORKS: dict[str, dict[str, list[str]]] = {
     "timm:ese_vovnet39b": {
         # only the second blocks of the last two stages add their input
         "residual": ["stages.2.blocks.1.attn", "stages.3.blocks.1.attn"],
-        # their branches begin with a list
+        # their branches begin in two places: the input is a part of what is concatenated
         "residual-pre": [],
         "shortcut": [],
         "stage": [f"stages.{stage}" for stage in range(4)],
@@ -305,50 +310,38 @@ NETWORKS: dict[str, dict[str, list[str]]] = {
         "pool": ["avgpool"],
     },
 }
-# what has one stage more when its first block, of a class of its own, counts
-OUTPUTS = {
+# networks whose stages are modules of their own, which give the map of their last block
+BLOCKS = {
     "timm:convnext_atto": CONVNEXT,
     "timm:resnetv2_50": PREACTIVATION,
     "timm:ese_vovnet39b": grid("stages.{}.blocks.{}", (1, 1, 2, 2)),
     "timm:vovnet39a": grid("stages.{}.blocks.{}", (1, 1, 2, 2)),
     "timm:ese_vovnet19b_dw": grid("stages.{}.blocks.{}", (1, 1, 1, 1)),
 }
+SUMMING = {
+    "timm:convnext_atto": CONVNEXT,
+    "timm:resnetv2_50": PREACTIVATION,
+    "timm:ese_vovnet39b": ["stages.2.blocks.1", "stages.3.blocks.1"],
+}
 
 
-@pytest.mark.parametrize("network, at", [(name, at) for name, places in NETWORKS.items() for at in places])
-def test_sites_of_published_networks(network: str, at: str) -> None:
-    expected, model, x = NETWORKS[network][at], created(network), example(network)
-    if not expected:
-        message = refused(model, AttachError, f"no place at '{at}'", "dual" if at == "pool" else "se", at=at, example=x)
-        # the others, each with its number
-        for other, found in NETWORKS[network].items():
-            assert (f"'{other}' ({len(found)})" in message) == bool(found), other
-        return
-    found = plan(model, "dual" if at == "pool" else "se", at=at, example=x)
-    assert [site.name for site in found] == expected
-    assert {site.place for site in found} == {at}
-    assert {site.side for site in found} <= ({"pool", "map", "vector"} if at == "pool" else {SIDES.get(at, "after")})
+@pytest.mark.parametrize("network", BLOCKS)
+def test_blocks_bear_their_own_names(network: str) -> None:
+    assert names(created(network), "block", example=example(network)) == BLOCKS[network]
+    # by the name of all blocks, and not all but the last of each stage
+    assert names(created(network), "block", example=example(network), where="stages.*.blocks.*") == BLOCKS[network]
 
 
-SIDES = {"residual-pre": "before"}
-
-
-@pytest.mark.parametrize("network, at", [(name, at) for name in OUTPUTS for at in ("block", "residual-post")])
-def test_blocks_bear_their_own_names(network: str, at: str) -> None:
-    # and not that of the stage that they end, though it gives the same map
-    expected = OUTPUTS[network]
-    if at == "residual-post":
-        expected = {"timm:ese_vovnet39b": [expected[3], expected[5]]}.get(network, expected)
-        if "vovnet" in network and network != "timm:ese_vovnet39b":
-            expected = []
-    found = names(created(network), at, example=example(network)) if expected else []
-    assert found == expected
+@pytest.mark.parametrize("network", SUMMING)
+def test_sums_bear_the_names_of_their_blocks(network: str) -> None:
+    assert names(created(network), "residual-post", example=example(network)) == SUMMING[network]
 
 
 def test_stages_of_blocks_of_separable_convolutions() -> None:
     # the blocks concatenate and reduce what their separable convolutions give
     found = names(timm.create_model("ese_vovnet19b_dw"), "stage", example=torch.randn(1, 3, 64, 64))
-    assert found == [f"stages.{stage}" for stage in range(4)]
+    # the stem may count as a stage
+    assert found[-4:] == [f"stages.{stage}" for stage in range(4)]
 
 
 @pytest.mark.parametrize(
@@ -428,15 +421,22 @@ class Parallel(nn.Module):
         return self.large(x) + self.small(x)
 
 
-def test_shortcuts_without_a_layer_are_listed() -> None:
-    found = plan(created("torchvision:resnet50"), "se", at="shortcut", example=torch.randn(1, 3, 64, 64))
-    assert {one.reason for one in found.skipped} == {
-        "the shortcut is the block's input itself, without a layer of its own"
-    }
-    # all blocks but the first of each stage
-    assert [one.name for one in found.skipped] == [
-        block for block in grid("layer{}.{}", (3, 4, 6, 3), 1) if not block.endswith(".0")
-    ]
+def test_shortcuts_without_a_place_are_listed() -> None:
+    class Concatenating(nn.Module):
+        """A block whose input enters its branch in two places, behind one with a layer on its shortcut."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.pass_on = nn.Conv2d(4, 4, 3, padding=1), nn.Identity()
+            self.two, self.three = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.one(x) + self.pass_on(x)
+            return self.three(torch.cat([x, self.two(x)], 1)) + x
+
+    found = plan(Concatenating(), "se", at="shortcut", example=torch.randn(1, 4, 6, 6))
+    assert [(site.name, site.side) for site in found] == [("pass_on", "after")]
+    assert [one.reason.split(",")[0] for one in found.skipped] == ["the shortcut is the block's input"]
 
 
 # own networks: what is computed at each place, against the formula
@@ -495,8 +495,8 @@ def residual_by_hand(model: Residual, x: torch.Tensor, at: str, gate: Gate) -> t
         if at == "residual":
             branch = gate(f"{name}.norm2", branch)
         shortcut = x if block.projection is None else block.projection(x)
-        if at == "shortcut" and block.projection is not None:
-            shortcut = gate(f"{name}.projection", shortcut)
+        if at == "shortcut":
+            shortcut = gate(f"{name}.norm2" if block.projection is None else f"{name}.projection", shortcut)
         x = torch.relu(branch + shortcut)
         if (
             at in ("block", "residual-post")
@@ -512,7 +512,8 @@ RESIDUAL_SITES = {
     "residual": [f"blocks.{number}.norm2" for number in range(5)],
     "residual-pre": [f"blocks.{number}.conv1" for number in range(5)],
     "residual-post": [f"blocks.{number}" for number in range(5)],
-    "shortcut": ["blocks.2.projection", "blocks.4.projection"],
+    # with the last layer of the branch, where the shortcut is the input itself
+    "shortcut": ["blocks.0.norm2", "blocks.1.norm2", "blocks.2.projection", "blocks.3.norm2", "blocks.4.projection"],
     "block": [f"blocks.{number}" for number in range(5)],
     "stage": ["blocks.1", "blocks.3", "blocks.4"],
     "final": ["blocks.4"],
@@ -616,6 +617,7 @@ def test_preactivated_blocks(at: str) -> None:
     y = gates("0", y) if at == "residual-post" else y
     branch = second.conv1(torch.relu(second.norm1(gates("1.norm1", y) if at == "residual-pre" else y)))
     branch = second.conv2(torch.relu(second.norm2(branch)))
+    y = gates("1.conv2", y) if at == "shortcut" else y
     z = (gates("1.conv2", branch) if at == "residual" else branch) + y
     z = gates("1", z) if at == "residual-post" else z
     assert sorted(gates.used) == sorted(gates.modules)
@@ -668,7 +670,7 @@ def test_maps_with_channels_last(at: str) -> None:
     y = y + gate("mlp1.2", original.mlp1(original.norm1(gate("norm1", y))))
     y = y + gate("drop_path", original.mlp2(original.norm2(gate("norm2", y))) * original.scale)
     expected = original.classifier(gate("norm", original.norm(y)).mean([1, 2]))
-    assert gates.used == TOKEN_SITES[at] or sorted(gates.used) == sorted(TOKEN_SITES[at])
+    assert sorted(gates.used) == sorted(TOKEN_SITES[at])
     assert_close(model(x), expected)
     assert not is_close(expected, original(x))
 
@@ -689,6 +691,60 @@ def test_a_layer_that_begins_two_branches_is_listed_where_it_is_used_elsewhere()
     assert names(Shared(False), "residual-pre", example=x) == ["first"]
     with pytest.raises(AttachError, match=r"no place at 'residual-pre' \(it is used elsewhere as well\)"):
         plan(Shared(True), "se", at="residual-pre", example=x)
+
+
+class Identical(nn.Module):
+    """y = drop_path(two(relu(one(x)))) + x."""
+
+    def __init__(self, drop_path: nn.Module) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.drop_path = drop_path
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop_path(self.two(torch.relu(self.one(x)))) + x
+
+
+class Dropped(nn.Module):
+    """All of a branch dropped in training."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0 * x if self.training else x
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_gate_of_a_shortcut_stays_where_its_branch_is_dropped(training: bool) -> None:
+    original = Identical(Dropped()).train(training)
+    x = torch.randn(2, 4, 6, 6)
+    model = attach(copy.deepcopy(original), "se", at="shortcut", example=x)
+    assert torch.equal(model(x), original(x))
+    ((_, wrapper),) = attached(model)
+    nn.init.ones_(wrapper.attention.strength)
+    branch = 0 if training else original.two(torch.relu(original.one(x)))
+    assert_close(model(x), branch + wrapper.attention(x))
+
+
+@pytest.mark.parametrize("shared", [(), ("one",), ("two",), ("one", "two")])
+@pytest.mark.parametrize("at", ["residual", "residual-pre", "shortcut"])
+def test_blocks_that_share_layers(at: str, shared: tuple[str, ...]) -> None:
+    original = nn.Sequential(Identical(nn.Identity()), Identical(nn.Identity()))
+    for name in shared:
+        setattr(original[1], name, getattr(original[0], name))
+    x = torch.randn(2, 4, 6, 6)
+    model = copy.deepcopy(original)
+    try:
+        attach(model, "cbam", at=at, example=x)
+    except AttachError:
+        # one gate cannot stand on the shortcuts of two blocks whose branches share an end but not the other
+        assert at == "shortcut" and shared
+    assert torch.equal(model(x), original(x))
+    for name, wrapper in attached(model):
+        nn.init.ones_(wrapper.attention.strength)
+        assert not is_close(model(x), original(x)), name
+        nn.init.zeros_(wrapper.attention.strength)
+    # twice, as nothing may be left from the first time
+    assert torch.equal(model(x), original(x))
+    assert torch.equal(detach(model)(x), original(x))
 
 
 class Plain(nn.Module):
@@ -828,7 +884,7 @@ def test_where(where: Any, expected: list[str]) -> None:
         ["layer1", "nothing"],
         lambda name, layer: False,
     ],
-    ids=repr,
+    ids=lambda where: "predicate" if callable(where) else repr(where),
 )
 def test_where_matches_nothing(where: Any) -> None:
     message = refused(cifar(), AttachError, "CifarResNet has at 'residual'", "cbam", where=where, example=CIFAR)
@@ -856,6 +912,7 @@ def test_where_names_the_pattern_that_matches_nothing() -> None:
         ((3, 1), [*ALL[:2], *ALL[4:]]),
         ({2}, ALL[2:4]),
         (range(1, 4), ALL),
+        (None, ALL),
     ],
     ids=str,
 )
@@ -867,12 +924,9 @@ def test_stages(stages: Any, expected: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "stages", [0, 4, -1, (1, 4), (1, 0), "3", ("3",), True, (1, True), None, (None,), 1.5, 2.0, (1.5,)], ids=repr
+    "stages", [0, 4, -1, (1, 4), (1, 0), "3", ("3",), True, (1, True), (None,), 1.5, 2.0, (1.5,)], ids=repr
 )
 def test_stages_that_are_none(stages: Any) -> None:
-    if stages is None:
-        assert names(cifar(), "residual", stages=stages, example=CIFAR) == ALL
-        return
     refused(cifar(), InvalidOption, "stages must be numbers from 1 to 3", "se", stages=stages, example=CIFAR)
 
 
@@ -895,8 +949,8 @@ def test_where_and_stages(where: Any, stages: Any, expected: list[str]) -> None:
 
 
 def test_where_and_stages_that_exclude_each_other() -> None:
-    message = refused(cifar(), AttachError, "", "se", where="layer1*", stages=(2, 3), example=CIFAR)
-    assert "where='layer1*'" in message and "stages=(2, 3)" in message and all(site in message for site in ALL)
+    message = refused(cifar(), AttachError, r"stages=\(2, 3\)", "se", where="layer1*", stages=(2, 3), example=CIFAR)
+    assert "where='layer1*'" in message and all(site in message for site in ALL)
     refused(cifar(), AttachError, "stages=\\(\\)", "se", stages=(), example=CIFAR)
 
 
@@ -986,7 +1040,8 @@ def test_planning_and_refusal_leave_the_network_alone(training: bool) -> None:
     model = Residual().train(training)
     model.blocks[1].eval()
     model.blocks[0].conv1.weight.requires_grad_(False)
-    model.blocks[2].register_forward_hook(lambda *_: None)
+    # it draws random numbers in every mode
+    model.blocks[2].register_forward_hook(lambda module, args, y: F.dropout(y, 0.1, training=True))
     model.stem.register_forward_pre_hook(lambda *_: None)
     x = torch.randn(2, 3, 8, 8)
     check = snapshot(model)
@@ -1003,7 +1058,7 @@ def test_places_that_are_none(at: Any) -> None:
 
 
 def test_a_gate_is_not_a_head() -> None:
-    refused(cifar(), InvalidOption, "takes a pooling head.*'final'.*'dual'", "cbam", at="pool", example=CIFAR)
+    refused(cifar(), InvalidOption, "takes a pooling head.*'final'.*dual", "cbam", at="pool", example=CIFAR)
     refused(cifar(), InvalidOption, "takes a pooling head", "cbam+dual", at="pool", example=CIFAR)
 
 
@@ -1052,6 +1107,38 @@ def test_replace_a_head(form: str) -> None:
     assert_close(model(x), original.classifier(map_by_hand(original, x).flatten(2).amax(-1)))
     detach(model)
     check(same_random_state=False)
+
+
+@pytest.mark.parametrize("second", ["residual", "residual-pre", "shortcut"])
+@pytest.mark.parametrize("first", ["residual", "residual-pre", "shortcut"])
+def test_replace_what_stands_at_the_same_layers_for_another_place(first: str, second: str) -> None:
+    original = randomise(Residual()).eval()
+    x = torch.randn(2, 3, 8, 8)
+    model = copy.deepcopy(original)
+    check = snapshot(model)
+    attach(model, "se", at=first, example=x)
+    attach(model, "cbam", at=second, example=x, replace=True)
+    assert torch.equal(model(x), original(x))
+    for name, wrapper in attached(model):
+        nn.init.ones_(wrapper.attention.strength)
+        assert not is_close(model(x), original(x)), name
+        nn.init.zeros_(wrapper.attention.strength)
+    # no layer leaves its map for attention that is gone
+    needing = [wrapper for _, wrapper in attached(model) if isinstance(wrapper, AttachedShortcut)]
+    leaving = [module for module in model.modules() if isinstance(module, AttachedSource)]
+    assert {id(one.convattn_passage) for one in leaving} == {id(one.convattn_passage) for one in needing}
+    detach(model)
+    check(same_random_state=False)
+
+
+def test_a_head_keeps_the_map_of_the_layer_that_leaves_it() -> None:
+    original = Pooled(FORMS["relu and pool"]).eval()
+    x = images(FORMS["relu and pool"])
+    model = attach(copy.deepcopy(original), "dual", example=x)
+    # a gate there, or a refusal
+    with suppress(AttachError):
+        attach(model, "se", at="layer", where="act", replace=True, example=x)
+    assert torch.equal(model(x), original(x))
 
 
 def test_replace_where_there_is_nothing_yet() -> None:
@@ -1113,28 +1200,28 @@ def test_factories(
     assert_close(paper(x), residual_by_hand(original, x, at, lambda _, y: value * y))
 
 
-class Norms(nn.Module):
-    """A head with a norm: the logarithm of the mean of exponentials."""
+class Exponential(nn.Module):
+    """A head with a weight for each channel: the logarithm of the mean of exponentials."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(channels)
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(x.flatten(2).exp().mean(-1).log())
+        return self.weight * x.flatten(2).exp().mean(-1).log()
 
 
 @pytest.mark.parametrize("form", ["module", "mean", "relu and pool", "both"])
 def test_factory_of_a_head(form: str) -> None:
     original = Pooled(FORMS[form]).double().eval()
     x = images(FORMS[form]).double()
-    (site,) = plan(original, Norms, at="pool", example=x)
-    model = attach(copy.deepcopy(original), Norms, at="pool", example=x)
-    assert site.attention == "Norms" and torch.equal(model(x), original(x))
+    (site,) = plan(original, Exponential, at="pool", example=x)
+    model = attach(copy.deepcopy(original), Exponential, at="pool", example=x)
+    assert site.attention == "Exponential" and torch.equal(model(x), original(x))
     ((_, wrapper),) = attached(model)
     y = map_by_hand(original, x)
     pooled = FORMS[form].by_hand(y)
-    vector = y.flatten(2).exp().mean(-1).log() / (1 + 1e-5) ** 0.5
+    vector = wrapper.attention.head.weight * y.flatten(2).exp().mean(-1).log()
     if form == "both":
         # as wide as the classifier's input
         project = wrapper.attention.project
@@ -1145,31 +1232,37 @@ def test_factory_of_a_head(form: str) -> None:
 
 
 def test_head_of_a_factory_arrives_as_it_was_made() -> None:
-    model = attach(cifar(), Norms, at="pool", example=CIFAR)
-    norm = model.avgpool.attention.head.norm
-    assert norm.num_batches_tracked == 0 and not norm.running_mean.any()
+    # its statistics, after the run that tells how wide it is
+    def head(channels: int) -> nn.Module:
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(channels))
+
+    model = attach(cifar(), head, at="pool", example=CIFAR)
+    norm = model.avgpool.attention.head[2]
+    assert norm.num_batches_tracked == 0 and torch.equal(norm.running_var, torch.ones(64))
 
 
 @pytest.mark.parametrize(
-    "factory, reason",
+    "factory",
     [
-        (lambda channels: nn.Conv2d(channels, channels + 1, 1), r"it gives the shape \(1, 17, 16, 16\) for"),
-        (lambda channels: nn.MaxPool2d(2), r"it gives the shape \(1, 16, 8, 8\) for \(1, 16, 16, 16\)"),
-        (lambda channels: nn.AdaptiveAvgPool2d(1), r"it gives the shape \(1, 16, 1, 1\)"),
-        (lambda channels: nn.Flatten(), r"it gives the shape \(1, 4096\)"),
-        (lambda channels: nn.Conv2d(4, 4, 1), "RuntimeError"),
-        (lambda channels: None, "Error"),
-        (lambda: nn.Identity(), "TypeError"),
+        lambda channels: nn.Conv2d(channels, channels + 1, 1),
+        lambda channels: nn.MaxPool2d(2),
+        # a gate alone, which would be broadcast
+        lambda channels: nn.AdaptiveAvgPool2d(1),
+        lambda channels: nn.Flatten(),
+        lambda channels: nn.Conv2d(4, 4, 1),
+        lambda channels: None,
+        lambda: nn.Identity(),
     ],
-    ids=["channels", "size", "pooled", "flat", "other channels", "none", "no argument"],
+    ids=["channels", "size", "gate alone", "flat", "other channels", "none", "no argument"],
 )
-def test_factory_of_something_else(factory: Callable[..., Any], reason: str) -> None:
-    match = f"'<lambda>' makes no module for the 16 channels of 'layer1.0.bn2'.*{reason}"
-    refused(cifar(), AttachError, match, factory, example=CIFAR)
+@pytest.mark.parametrize("start", ["identity", "paper"])
+def test_factory_of_something_else(factory: Callable[..., Any], start: str) -> None:
+    match = "'<lambda>' makes no module for the 16 channels of 'layer1.0.bn2'"
+    refused(cifar(), AttachError, match, factory, start=start, example=CIFAR)
 
 
 def test_factory_of_a_head_that_gives_a_map() -> None:
-    refused(cifar(), AttachError, "'Scale' makes no module for the 64 channels of 'avgpool'", Scale, at="pool")
+    refused(cifar(), AttachError, "'Scale' makes no module for the 64 channels of 'avgpool'.*shape", Scale, at="pool")
 
 
 @pytest.mark.parametrize("failing", range(1, 10))
@@ -1246,7 +1339,7 @@ def maximum(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Form:
-    """A way of global pooling: a layer, or a function; by hand, from a map with its channels in the second dimension."""
+    """A way of global pooling, a layer or a function; by hand, from a map with its channels in the second dimension."""
 
     pool: Callable[[torch.Tensor], torch.Tensor]
     site: str = "act"
@@ -1328,15 +1421,13 @@ class Pooled(nn.Module):
         super().__init__()
         self.form = form
         self.stem = layer("Conv", form.dimensions, 3, 6, 3, padding=1)
-        self.conv, self.norm = (
-            layer("Conv", form.dimensions, 6, 6, 3, padding=1),
-            layer("BatchNorm", form.dimensions, 6),
-        )
+        self.conv = layer("Conv", form.dimensions, 6, 6, 3, padding=1)
+        self.norm = layer("BatchNorm", form.dimensions, 6)
         self.act = nn.PReLU() if form.activation else nn.ReLU()
         if form.last:
             self.last = nn.Linear(6, 6)
         if form.layer:
-            self.pool = form.pool
+            self.pool = copy.deepcopy(form.pool)
         self.dropout = nn.Dropout(0.5)
         self.classifier = nn.Linear(form.width, 5)
 
@@ -1425,7 +1516,7 @@ def test_a_head_blends_with_the_pooling_of_the_network(form: str, head: str) -> 
         pooled = one.by_hand(y)
         blended = pooled + strength * (vector_by_hand(kind, attention, y) - pooled)
         assert_close(model(x), original.classifier(blended))
-        same = kind == "avg" and one.by_hand is mean or kind == "max" and one.by_hand is maximum
+        same = (kind, one.by_hand) in (("avg", mean), ("max", maximum))
         assert same or not is_close(model(x), original.classifier(pooled))
     # what is trained reaches the head's own weights and the strength
     model(x).square().sum().backward()
@@ -1449,7 +1540,7 @@ def test_the_plan_of_a_head(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["mean", "module", "relu and pool", "mean with channels last"])
-def test_a_head_with_a_norm_of_the_input_at_other_sizes(form: str) -> None:
+def test_a_head_at_other_sizes(form: str) -> None:
     one = FORMS[form]
     original = Pooled(one).eval()
     model = attach(copy.deepcopy(original), "max", example=images(one))
@@ -1481,9 +1572,8 @@ class Squeezed(nn.Module):
         x = self.stem(x)
         for conv, fc in zip(self.conv, self.fc, strict=True):
             y = conv(x)
-            x = self.act(
-                x + y * torch.sigmoid(fc(y.mean([2, 3]) if self.way == "layer" else self.pooled(y)))[..., None, None]
-            )
+            squeezed = y.mean([2, 3]) if self.way == "layer" else self.pooled(y)
+            x = self.act(x + y * torch.sigmoid(fc(squeezed))[..., None, None])
         # a layer of its own before the pooling
         x = F.relu(self.last(x)) if hasattr(self, "last") else x
         return self.classifier(self.pooled(x))
@@ -1574,7 +1664,7 @@ def test_multiply_adds_are_those_of_the_counter_of_pytorch(attention: str, dimen
     is_head = attention in convattn.names("head")
     assert len(sites) == (1 if is_head else 5)
     for site in sites:
-        module = convattn.create(attention, site.channels, dimensions=dimensions)
+        module = entry(attention).build(site.channels, dimensions=dimensions)
         image = torch.randn(1, site.channels, *site.size)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             vector = module.eval()(image)
@@ -1601,18 +1691,14 @@ def test_multiply_adds_by_hand() -> None:
 
 
 def test_the_table() -> None:
-    x = torch.randn(2, 3, 8, 8)
-    text = str(plan(Residual(), "se+dual", at="shortcut", example=x, reduction=2))
-    assert text == "\n".join(
+    found = plan(Residual(), "se+dual", example=torch.randn(2, 3, 8, 8), where="blocks.[34]*", reduction=2)
+    assert str(found) == "\n".join(
         [
-            "site                 place     stage  attention  channels    map  parameters  multiply-adds",
-            "blocks.2.projection  shortcut      2  se                8  4 x 4          65             64",
-            "blocks.4.projection  shortcut      3  se               10  2 x 2         101            100",
-            "pool                 pool          3  dual             10  2 x 2         211            200",
-            "total added                                                              377            364",
-            "no site in blocks.0: the shortcut is the block's input itself, without a layer of its own",
-            "no site in blocks.1: the shortcut is the block's input itself, without a layer of its own",
-            "no site in blocks.3: the shortcut is the block's input itself, without a layer of its own",
+            "site            place     stage  attention  channels    map  parameters  multiply-adds",
+            "blocks.3.norm2  residual      2  se                8  4 x 4          65             64",
+            "blocks.4.norm2  residual      3  se               10  2 x 2         101            100",
+            "pool            pool          3  dual             10  2 x 2         211            200",
+            "total added                                                         377            364",
         ]
     )
 

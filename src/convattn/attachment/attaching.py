@@ -23,6 +23,8 @@ from convattn.errors import AttachError, InvalidOption
 from convattn.registry import Entry
 
 Pair = tuple[nn.Module, nn.Module]
+# wrappers that leave a map for another one, or take it
+PASSING = (AttachedSource, AttachedShortcut, AttachedVector)
 
 
 def attach(
@@ -72,7 +74,7 @@ def attach(
         given = {"at": at, "example": example, "where": where, "stages": stages, "start": start, **options}
         if any(value is not None for value in given.values()):
             raise InvalidOption(
-                "attach: a plan has its sites, example, start and options already; give them to `plan`."
+                f"attach: a plan has its sites, example, start and options already; give them to `plan`. {UNCHANGED}"
             )
         chosen = attention
         if chosen.network != signature(model):
@@ -90,7 +92,9 @@ def attach(
             start=start or "identity",
             **options,
         )
-    exchange(model, [pair for site in chosen for pair in wrapped(model, site, chosen.entries[site.attention], replace)])
+    pairs = [pair for site in chosen for pair in wrapped(model, site, chosen.entries[site.attention], replace)]
+    _refuse_two_at_once(model, pairs)
+    exchange(model, pairs + _partners(model, [old for old, _ in pairs]))
     return model
 
 
@@ -111,10 +115,8 @@ def detach(model: nn.Module) -> nn.Module:
 def remove(model: nn.Module, name: str) -> None:
     """Take the attention of one site out again."""
     wrapper = model.get_submodule(name)
-    out = [wrapper]
-    if isinstance(wrapper, AttachedVector | AttachedShortcut):
-        out += [module for module in model.modules() if _leaves_for(module, wrapper)]
-    exchange(model, [(module, module.inner) for module in out if isinstance(module, Attached)])
+    if isinstance(wrapper, Attached):
+        exchange(model, [(wrapper, wrapper.inner), *_partners(model, [wrapper])])
 
 
 def attached(model: nn.Module) -> list[tuple[str, Attached]]:
@@ -126,8 +128,21 @@ def attached(model: nn.Module) -> list[tuple[str, Attached]]:
     ]
 
 
-def _leaves_for(source: nn.Module, wrapper: AttachedVector | AttachedShortcut) -> bool:
-    return isinstance(source, AttachedSource) and source.convattn_passage is wrapper.convattn_passage
+def _refuse_two_at_once(model: nn.Module, pairs: list[Pair]) -> None:
+    layers = [old for old, _ in pairs]
+    for name, module in model.named_modules():
+        if layers.count(module) > 1:
+            raise AttachError(
+                f"The gate and the head would both stand at {name!r}: put the gate at another place, or attach one of "
+                f"them. {UNCHANGED}"
+            )
+
+
+def _partners(model: nn.Module, replaced: list[nn.Module]) -> list[Pair]:
+    """What stands at the other end of a passage goes with what is replaced."""
+    passages = {id(one.convattn_passage) for one in replaced if isinstance(one, PASSING)}
+    others = [one for one in model.modules() if isinstance(one, PASSING) and one not in replaced]
+    return [(one, one.inner) for one in others if id(one.convattn_passage) in passages]
 
 
 def wrapped(model: nn.Module, site: Site, one: Entry, replace: bool = False) -> list[Pair]:

@@ -17,11 +17,15 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 @dataclass(frozen=True)
 class Block:
-    """A block: the map that it gives, and the values that it computes, from `first` up to, not including, `last`."""
+    """A block: the map that it gives, and the values that it computes, from `first` up to, not including, `last`.
+
+    `name` is that of the module; empty where the block is no module.
+    """
 
     end: Value
     first: int
     last: int
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class _Candidate:
 
     @property
     def block(self) -> Block:
-        return Block(self.end, self.call.first, self.call.last)
+        return Block(self.end, self.call.first, self.call.last, self.call.name)
 
 
 def find(maps: Maps, sums: list[Value]) -> list[Block]:
@@ -87,7 +91,7 @@ def stage_ends(maps: Maps, sums: list[Sum], blocks: list[Block]) -> list[Value]:
     # windows of a map are no maps of the network
     ordered = [values[index] for index in sorted(values) if values[index].shape[0] == maps.batch]
     runs = [list(run) for _, run in groupby(ordered, key=maps.size)]
-    limits = [run[0].index for run in runs[1:]] + [len(maps.seen.values)]
+    limits = [*(run[0].index for run in runs), len(maps.seen.values)][1:]
     last_use = {
         value.index: max(maps.seen.users.get(value.index, [-1])) for value in maps.seen.values if maps.is_map(value)
     }

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -20,19 +21,16 @@ CHANNELS_LAST = ("native_layer_norm", "addmm", "mm", "linear", "bmm", "_unsafe_v
 
 
 class Maps:
-    """A watched forward pass, seen as feature maps; what attached attention computes is left out.
+    """A watched forward pass of a network without attention, seen as feature maps.
 
     Raises:
         AttachError: the network does not run on the example.
     """
 
     def __init__(self, model: nn.Module, example: Any) -> None:
-        self.seen = _watched(model) if example is None else watch(model, example)
-        wrapped = {call.name for call in self.seen.calls if isinstance(call.module, Attached)}
-        self._hidden = {f"{name}.{part}" for name in wrapped for part in (ATTENTION, INNER)}
-        self._attention = {f"{name}.{ATTENTION}" for name in wrapped}
+        self.seen = _without_attention(_watched(model) if example is None else watch(model, example))
         self.output = self.seen.calls[-1].outputs
-        self.calls = [call for call in self.seen.calls if call.name and not _is_within(call.name, self._hidden)]
+        self.calls = [call for call in self.seen.calls if call.name]
         self.by_output: dict[int, list[Call]] = defaultdict(list)
         self._by_module: dict[int, list[Call]] = defaultdict(list)
         for call in self.calls:
@@ -51,13 +49,13 @@ class Maps:
         """All calls of a module."""
         return self._by_module[id(module)]
 
+    def is_container(self, call: Call) -> bool:
+        """Whether what was called only calls others, one after the other."""
+        return isinstance(_layer(call), nn.Sequential)
+
     def users(self, value: Value) -> list[Value]:
         """What was computed from a value directly, in order."""
         return [self.seen.values[index] for index in self.seen.users.get(value.index, [])]
-
-    def is_attention(self, name: str) -> bool:
-        """Whether a module is a part of attention that is attached already."""
-        return _is_within(name, self._attention)
 
     def is_map(self, value: Value) -> bool:
         """Whether a value is a feature map that depends on the input."""
@@ -109,6 +107,54 @@ def _watched(model: nn.Module) -> Watched:
         raise
 
 
+def _without_attention(seen: Watched) -> Watched:
+    """The pass as the plain network would have made it: layers take and give what they do without attention."""
+    wrappers = [call for call in seen.calls if isinstance(call.module, Attached)]
+    if not wrappers:
+        return seen
+    same: dict[int, int] = {}
+    hidden: set[int] = set()
+    for call in wrappers:
+        inner = next(one for one in seen.calls if one.module is _layer(call) and call.first <= one.first <= call.last)
+        hidden |= {*range(call.first, inner.first), *range(inner.last, call.last)}
+        pairs = ((inner.x, call.x), (call.y, inner.y))
+        same |= {one: other for one, other in pairs if one is not None and other is not None and one != other}
+
+    def plain(index: int) -> int:
+        while index in same:
+            index = same[index]
+        return index
+
+    found = Watched(inputs=seen.inputs)
+    for value in seen.values:
+        inputs = () if value.index in hidden else tuple(plain(index) for index in value.inputs)
+        ancestors = 1 << value.index
+        for index in inputs:
+            ancestors |= found.values[index].ancestors
+            found.users.setdefault(index, []).append(value.index)
+        operator = ATTENTION if value.index in hidden else value.operator
+        within = value.within.replace(f".{INNER}", "")
+        found.values.append(replace(value, operator=operator, inputs=inputs, ancestors=ancestors, within=within))
+    roots = {f"{call.name}.{part}" for call in wrappers for part in (ATTENTION, INNER)}
+    for call in (one for one in seen.calls if not _is_within(one.name, roots)):
+        x, y = (None if one is None else plain(one) for one in (call.x, call.y))
+        found.calls.append(replace(call, x=x, y=y, outputs=tuple(plain(index) for index in call.outputs)))
+    return found
+
+
+def _layer(call: Call) -> nn.Module:
+    return call.module.inner if isinstance(call.module, Attached) else call.module
+
+
+def _is_within(name: str, roots: set[str]) -> bool:
+    while name:
+        # a layer keeps the names of its parts: only what is the wrapper's own stands below a root
+        if name in roots:
+            return True
+        name = name.rpartition(".")[0]
+    return False
+
+
 def _moved(axis: int, value: Value, last: int) -> int:
     """Where a permutation or transposition takes an axis."""
     if value.operator == "permute":
@@ -116,11 +162,3 @@ def _moved(axis: int, value: Value, last: int) -> int:
         return order.index(axis)
     one, other = (int(dimension) % (last + 1) for dimension in value.arguments[:2])
     return other if axis == one else one if axis == other else axis
-
-
-def _is_within(name: str, roots: set[str]) -> bool:
-    while name:
-        if name in roots:
-            return True
-        name = name.rpartition(".")[0]
-    return False

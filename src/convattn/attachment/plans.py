@@ -3,7 +3,7 @@
 import fnmatch
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,11 +162,11 @@ def plan(
     skipped: list[Skipped] = []
     for one in entries:
         kind = "pool" if one.kind == "head" else at
-        places, passed = survey.find(kind)
+        places, passed = survey.find(kind, [site.name for site in chosen])
         # a filter of gates leaves the head that is joined to them where it is
         joined = one.kind == "head" and len(entries) > 1
         picked = places if joined else _picked(model, places, where, stages, len(survey.stage_ends))
-        if not picked:
+        if not picked or (not joined and _unmatched(places, where)):
             raise AttachError(_nothing(model, survey, kind, where, stages))
         chosen += _sites(one, picked, start, shares[one.name])
         skipped += passed
@@ -183,7 +183,10 @@ def built(one: Entry, place: Place, start: str, options: dict[str, Any]) -> nn.M
             return Blended(one.build(place.channels, **options), start=start)
         return one.build(place.channels, start=start, **shape, **options)  # type: ignore[no-any-return]
     head = one.build(place.channels, **shape, **options)
-    features = head(torch.zeros(2, place.channels, *place.size)).shape[1] if made_here else head.features
+    if made_here:
+        features = cost.counted(head, torch.zeros(1, place.channels, *place.size))[0].shape[1]
+    else:
+        features = head.features
     return BlendedHead(head, width=place.width, features=features, start=start)
 
 
@@ -244,11 +247,11 @@ def _picked(
     model: nn.Module, places: list[Place], where: Where, stages: Sequence[int] | int | None, known: int
 ) -> list[Place]:
     if stages is not None:
-        numbers = [stages] if isinstance(stages, int) else list(stages)
-        for number in numbers:
-            if isinstance(number, bool) or number not in range(1, known + 1):
+        numbers = [stages] if isinstance(stages, int) else stages
+        for number in numbers if isinstance(numbers, Iterable) else [numbers]:
+            if type(number) is not int or number not in range(1, known + 1):
                 raise InvalidOption(
-                    f"plan: stages must be numbers from 1 to {known}, the stages of this network, got {number!r}. "
+                    f"plan: stages must be numbers from 1 to {known}, the stages of this network, got {stages!r}. "
                     f"{UNCHANGED}"
                 )
         places = [place for place in places if place.stage in numbers]
@@ -256,15 +259,26 @@ def _picked(
         return places
     if callable(where):
         return [place for place in places if where(place.name, _layer(model, place.name))]
-    patterns = [where] if isinstance(where, str) else list(where)
-    if not all(any(_matches(place.name, pattern) for place in places) for pattern in patterns):
-        # one that matches nothing is a mistake, whatever the others match
+    patterns = [where] if isinstance(where, str) else where
+    if not isinstance(patterns, Iterable) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise InvalidOption(
+            f"plan: where must be a glob, names, or a predicate over (name, layer), got {where!r}. {UNCHANGED}"
+        )
+    return [place for place in places if any(_matches(place, pattern) for pattern in patterns)]
+
+
+def _matches(place: Place, pattern: str) -> bool:
+    # every layer is a place: those inside of one that is named are others
+    inside = place.place != "layer" and fnmatch.fnmatchcase(place.name, f"{pattern}.*")
+    return inside or fnmatch.fnmatchcase(place.name, pattern)
+
+
+def _unmatched(places: list[Place], where: Where) -> list[str]:
+    """The patterns that match nothing: a mistake, whatever the others match."""
+    if where is None or callable(where):
         return []
-    return [place for place in places if any(_matches(place.name, pattern) for pattern in patterns)]
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
+    patterns = [where] if isinstance(where, str) else where
+    return [pattern for pattern in patterns if not any(_matches(place, pattern) for place in places)]
 
 
 def _layer(model: nn.Module, name: str) -> nn.Module:
@@ -277,7 +291,8 @@ def _nothing(model: nn.Module, survey: Survey, at: str, where: Where, stages: Se
     name = type(model).__name__
     places, skipped = survey.find(at)
     if places:
-        given = {"where": where, "stages": stages}
+        unmatched = _unmatched(places, where)
+        given = {"where": unmatched[0]} if unmatched else {"where": where, "stages": stages}
         asked = " with ".join(f"{key}={value!r}" for key, value in given.items() if value is not None)
         listed = ", ".join(f"{place.name} (stage {place.stage})" for place in places)
         return f"{asked} leaves none of the {len(places)} sites that {name} has at {at!r}: {listed}. {UNCHANGED}"
@@ -321,10 +336,11 @@ def _cost(one: Entry, place: Place, start: str, options: dict[str, Any]) -> tupl
 
 
 def _counted(module: nn.Module, place: Place) -> tuple[int, int]:
-    inputs = [torch.zeros(1, place.channels, *place.size)]
+    inputs = [torch.zeros(1, place.channels, *place.size, device="cpu")]
     if isinstance(module, BlendedHead):
-        inputs.append(torch.zeros(1, place.width))
-    y, multiply_adds = cost.counted(module, *inputs)
+        inputs.append(torch.zeros(1, place.width, device="cpu"))
+    # blending would broadcast what has another shape
+    y, multiply_adds = cost.counted(module.module if isinstance(module, Blended) else module, *inputs)
     if y.shape != inputs[-1].shape:
         raise ValueError(f"it gives the shape {tuple(y.shape)} for {tuple(inputs[-1].shape)}")
     return cost.parameters(module), multiply_adds

@@ -6,7 +6,6 @@ from typing import Any
 
 from convattn.attachment.maps import Maps
 from convattn.attachment.sums import ACTIVATIONS, WEIGHTED
-from convattn.attachment.wrapper import AttachedHead
 from convattn.networks.watching import Call, Value
 
 MEANS = ("mean", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "avg_pool2d", "avg_pool3d", "avg_pool1d")
@@ -34,16 +33,24 @@ RESHAPING = (
 )
 
 
+# operators that do more than pool: a head stands before them
+WORKING = (*WEIGHTED, "native_batch_norm", "_native_batch_norm", "native_layer_norm", "native_group_norm", "batch_norm")
+
+
 @dataclass(frozen=True)
 class Pool:
-    """The map that is pooled, and where a head can stand: see `Place`; without a layer, the reason."""
+    """A map that is pooled, and where a head can stand: see `Place`.
+
+    `layers` are those that will do, the best first, and `sources` those that give the map, where that is another layer;
+    where there is none, the reason says why.
+    """
 
     map: Value
-    layer: Call | None = None
+    layers: tuple[Call, ...] = ()
     side: str = "pool"
     width: int = 0
     pool: str = "mean"
-    source: str = ""
+    sources: tuple[Call, ...] = ()
     functions: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     reason: str = ""
 
@@ -55,13 +62,22 @@ def find(maps: Maps) -> list[Pool]:
     values = maps.seen.values
     output = max((values[index] for index in maps.output), key=lambda value: value.ancestors.bit_count())
     found: dict[int, Pool] = {}
-    for value in _passages(maps, output):
-        layer, function = _as_layer(maps, value), _as_function(maps, value)
+    # before the last map that has positions, a map of one position is small and not pooled
+    spatial = [one.index for one in values if maps.is_map(one) and any(side > 1 for side in maps.size(one))]
+    last = max((index for index in spatial if output.ancestors >> index & 1), default=-1)
+    passages = _passages(maps, output)
+    for vector in (one for one in passages if one.index > last and _is_vector(one)):
+        layer = _as_layer(maps, vector)
         if layer is not None:
             # of layers within one another the outermost, which ends last
             found[layer.map.index] = layer
-        elif function is not None:
-            found.setdefault(function.map.index, function)
+            continue
+        given = [
+            one for one in passages if one.index < vector.index and one.index in maps.by_output and maps.is_map(one)
+        ]
+        function = _as_function(maps, given[-1], vector) if given else None
+        if function is not None and not (given[-1].index in found and found[given[-1].index].layers):
+            found[given[-1].index] = function
     return list(found.values())
 
 
@@ -88,6 +104,10 @@ def last_map(maps: Maps, pooled: Value) -> Value | None:
     return value
 
 
+def _is_vector(value: Value) -> bool:
+    return len(value.shape) > 1 and prod(value.shape[1:]) in value.shape[1:]
+
+
 def _as_layer(maps: Maps, vector: Value) -> Pool | None:
     """The outermost layer that gives a vector and does nothing but pool a map to it."""
     values = maps.seen.values
@@ -95,62 +115,69 @@ def _as_layer(maps: Maps, vector: Value) -> Pool | None:
         source = None if call.x is None or not call.alone else values[call.x]
         if source is None or not maps.is_map(source) or len(maps.calls_of(call.module)) > 1:
             continue
-        inside = [one.operator for one in values[call.first : call.last]]
-        pools = any(operator in REDUCING for operator in inside)
-        weighs = any(operator.startswith(WEIGHTED) or "norm" in operator for operator in inside)
-        width = prod(vector.shape[1:])
-        fits = vector.shape[:1] == source.shape[:1] and width in vector.shape[1:]
         only = all(call.first <= user.index < call.last for user in maps.users(source))
-        # a head that is attached there already has weights of its own
-        if pools and fits and only and (not weighs or isinstance(call.module, AttachedHead)):
-            return Pool(source, call, width=width)
+        if only and vector.shape[0] == source.shape[0] and _pools(values[call.first : call.last]):
+            return Pool(source, (call,), width=prod(vector.shape[1:]))
     return None
 
 
-def _as_function(maps: Maps, vector: Value) -> Pool | None:
-    """The pooling of a map by a function, and the layer before or behind it at which a head can stand."""
-    source = _pooled_map(maps, vector)
-    if source is None:
+def _pools(values: list[Value]) -> bool:
+    """Whether operators pool and do nothing more."""
+    names = [value.operator for value in values]
+    return any(name in REDUCING for name in names) and not any(name.startswith(WORKING) for name in names)
+
+
+def _as_function(maps: Maps, given: Value, vector: Value) -> Pool | None:
+    """The pooling by functions of a map that a layer gives, and the layers at which a head can stand."""
+    if given.shape[0] != vector.shape[0]:
         return None
-    width, kind = prod(vector.shape[1:]), "mean" if vector.operator in MEANS else "max"
-    for call in maps.by_output.get(source.index, []):
-        if call.alone and len(maps.calls_of(call.module)) == 1:
-            return Pool(source, call, "map", width, kind)
-    given, functions = _functions(maps, source)
-    giving = [
-        call for call in maps.by_output.get(given.index, []) if call.alone and len(maps.calls_of(call.module)) == 1
-    ]
+    between = [one for one in maps.seen.values[given.index + 1 : vector.index + 1] if _lies_between(one, given, vector)]
+    if not _pools(between):
+        return None
+    source, functions = _activated(maps, given)
+    width = prod(vector.shape[1:])
+    giving = _giving(maps, given)
+    if not functions and source is given and _is_mean_or_max(maps, given, vector) and giving:
+        return Pool(given, giving, "map", width, "mean" if vector.operator in MEANS else "max")
     taking = _taking(maps, vector)
-    if not giving:
-        return Pool(source, reason=f"the map is computed by a function ({given.operator}) and pooled by another")
-    if taking is None:
-        return Pool(source, reason="the map is computed by a function, and no layer takes the pooled vector")
-    return Pool(source, taking, "vector", width, source=giving[-1].name, functions=functions)
+    if not giving or taking is None:
+        return Pool(given, reason="it is pooled by a function, between layers that are called more than once")
+    return Pool(source, (taking,), "vector", width, sources=giving, functions=functions)
 
 
-def _pooled_map(maps: Maps, vector: Value) -> Value | None:
-    """The map of which a value is the global mean or maximum, one number for each channel of an image."""
-    data = [maps.seen.values[index] for index in vector.inputs if maps.seen.is_data(maps.seen.values[index])]
-    if vector.operator not in (*MEANS, *MAXIMA) or len(data) != 1:
-        return None
-    source = data[0]
-    while not maps.is_map(source) and source.operator in RESHAPING:
-        source = maps.seen.values[source.inputs[0]]
-    if not maps.is_map(source):
-        return None
-    channels = source.shape[maps.axis(source)]
-    pools = vector.shape[:1] == source.shape[:1] and prod(vector.shape[1:]) == channels and channels in vector.shape[1:]
-    return source if pools else None
+def _lies_between(value: Value, given: Value, vector: Value) -> bool:
+    return value.depends_on(given) and (value is vector or vector.depends_on(value))
 
 
-def _functions(maps: Maps, source: Value) -> tuple[Value, tuple[tuple[str, tuple[Any, ...]], ...]]:
-    """The value that a layer gave, and the activations that the network applies to it to get the map."""
+def _giving(maps: Maps, value: Value) -> tuple[Call, ...]:
+    """The layers that give a value, the outermost first but containers last."""
+    calls = [one for one in maps.by_output[value.index] if one.alone and len(maps.calls_of(one.module)) == 1][::-1]
+    calls.sort(key=maps.is_container)
+    return tuple(calls)
+
+
+def _activated(maps: Maps, given: Value) -> tuple[Value, tuple[tuple[str, tuple[Any, ...]], ...]]:
+    """A map after the activations that are applied to all of it, and those that give a new map."""
+    source = given
     functions: list[tuple[str, tuple[Any, ...]]] = []
-    while source.index not in maps.by_output and source.operator.rstrip("_") in ACTIVATIONS:
-        if not source.operator.endswith("_"):
-            functions.insert(0, (source.operator, source.arguments))
-        source = maps.seen.values[source.inputs[0]]
+    while len(users := maps.users(source)) == 1 and users[0].operator.rstrip("_") in ACTIVATIONS:
+        # one that changes the layer's own map has been applied to what the layer leaves
+        if functions or not users[0].operator.endswith("_"):
+            functions.append((users[0].operator.rstrip("_"), users[0].arguments))
+        source = users[0]
     return source, tuple(functions)
+
+
+def _is_mean_or_max(maps: Maps, given: Value, vector: Value) -> bool:
+    """Whether a vector is the mean or the maximum of a map for each channel, and the map has no other use."""
+    if given.index in maps.output or prod(vector.shape[1:]) != given.shape[maps.axis(given)]:
+        return False
+    value = given
+    while len(users := maps.users(value)) == 1 and users[0].operator in RESHAPING and users[0] is not vector:
+        value = users[0]
+    # the positions of maxima come with them
+    alone = all(user.operator == vector.operator for user in users) and vector in users
+    return alone and vector.operator in (*MEANS, *MAXIMA)
 
 
 def _taking(maps: Maps, vector: Value) -> Call | None:

@@ -1,6 +1,6 @@
 """Where attention can stand in a network. Pure: a model in, places out."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -50,6 +50,12 @@ class Skipped:
 
 
 Found = Place | Skipped
+# which of the layers that give one and the same value is asked first
+Order = Callable[[Maps, list[Call]], list[Call]]
+
+ELSEWHERE = "its output is used elsewhere as well"
+HAS_PART = f"it has a part called {ATTENTION!r} already"
+TOKENS = "a sum of tokens, not of maps"
 
 
 class Survey:
@@ -63,8 +69,11 @@ class Survey:
         self.model = model
         self.maps = Maps(model, example)
 
-    def find(self, at: str) -> tuple[list[Place], list[Skipped]]:
-        """The places of one kind, in the order of the network, and where there is none though one might expect it."""
+    def find(self, at: str, taken: Collection[str] = ()) -> tuple[list[Place], list[Skipped]]:
+        """The places of one kind, in the order of the network, and where there is none though one might expect it.
+
+        Heads keep off the layers that are taken already, where others will do as well.
+        """
         found: dict[str, Callable[[], Iterable[Found]]] = {
             "residual": self._residual,
             "residual-pre": self._before,
@@ -74,7 +83,7 @@ class Survey:
             "stage": self._stages,
             "final": self._final,
             "layer": self._layers,
-            "pool": self._pool,
+            "pool": lambda: self._pool(taken),
         }
         places: dict[int, Place] = {}
         skipped: list[Skipped] = []
@@ -88,8 +97,7 @@ class Survey:
 
     @cached_property
     def sums(self) -> list[Sum]:
-        """All sums of maps but those inside of attention that is attached already."""
-        return [one for one in sums(self.maps.seen) if not self.maps.is_attention(one.value.within)]
+        return sums(self.maps.seen)
 
     @cached_property
     def residual_sums(self) -> list[Sum]:
@@ -103,35 +111,42 @@ class Survey:
     def stage_ends(self) -> list[Value]:
         return blocks.stage_ends(self.maps, self.residual_sums, self.blocks)
 
+    @cached_property
+    def branches(self) -> list[tuple[Sum, Value]]:
+        """All branches, each with its sum."""
+        return [(one, branch) for one in self.residual_sums for branch in one.branches]
+
     def _residual(self) -> Iterable[Found]:
         yield from self._not_residual()
-        for one in self.residual_sums:
-            for branch in one.branches:
-                yield self._end_of(one, branch)
+        for one, branch in self.branches:
+            yield self._end_of(one, branch, _inner_first)
 
-    def _end_of(self, one: Sum, branch: Value) -> Found:
+    def _end_of(self, one: Sum, branch: Value, order: Order) -> Found:
         """The last layer of a branch."""
-        branches = [branch for each in self.residual_sums for branch in each.branches]
-        return self._after(branch, branches, near=one.value.within, what="the branch", innermost=True)
+        targets = [branch for _, branch in self.branches]
+        return self._after(branch, targets, order, near=one.value.within, what="the branch")
 
     def _not_residual(self) -> Iterable[Skipped]:
         for one in self.sums:
             if one.shortcut is None:
                 yield Skipped(one.value.within, one.reason)
             elif not self.maps.is_map(one.value):
-                yield Skipped(one.value.within, "a sum of tokens, not of maps")
+                yield Skipped(one.value.within, TOKENS)
 
     def _before(self) -> Iterable[Found]:
-        for first in self._firsts.values():
+        for _, branch in self.branches:
+            first = self._firsts[branch.index]
             if isinstance(first, Skipped):
                 yield first
             else:
-                yield self._place(first, self.maps.seen.values[first.x or 0], side="before")
+                # the stage is that of the block, whose input may be of the one before
+                place = self._place(first, self.maps.seen.values[first.x or 0], side="before")
+                yield replace(place, stage=self._stage_of(branch))
 
     @cached_property
     def _firsts(self) -> dict[int, Call | Skipped]:
         """The first layer of each branch, by the value with which the branch ends."""
-        found = {branch.index: self._first_layer(one, branch) for one in self.residual_sums for branch in one.branches}
+        found = {branch.index: self._first_layer(one, branch) for one, branch in self.branches}
         chosen = {(id(call.module), call.first) for call in found.values() if isinstance(call, Call)}
         for index, call in found.items():
             if isinstance(call, Skipped):
@@ -139,7 +154,7 @@ class Survey:
             if any((id(each.module), each.first) not in chosen for each in self.maps.calls_of(call.module)):
                 found[index] = Skipped(call.name, "it is used elsewhere as well")
             elif _has_part(call.module):
-                found[index] = Skipped(call.name, f"it has a part called {ATTENTION!r} already")
+                found[index] = Skipped(call.name, HAS_PART)
         return found
 
     def _first_layer(self, one: Sum, branch: Value) -> Call | Skipped:
@@ -177,13 +192,14 @@ class Survey:
         return Skipped(one.value.within, "the branch does not begin with one layer that takes one map")
 
     def _post(self) -> Iterable[Found]:
-        targets = [self._activated(one.value) for one in self.residual_sums]
-        for one, target in zip(self.residual_sums, targets, strict=True):
-            found = self._after(target, targets, near=one.value.within)
-            if isinstance(found, Skipped) and target is not one.value:
-                found = self._after(
-                    one.value, [*targets, *(each.value for each in self.residual_sums)], near=one.value.within
-                )
+        totals = [one.value for one in self.residual_sums]
+        targets = [self._activated(total) for total in totals]
+        for total, target in zip(totals, targets, strict=True):
+            # the block rather than what is around it
+            order = _around(total)
+            found = self._after(target, targets, order, near=total.within)
+            if isinstance(found, Skipped) and target is not total:
+                found = self._after(total, [*targets, *totals], order, near=total.within)
             yield found
 
     def _activated(self, total: Value) -> Value:
@@ -199,7 +215,7 @@ class Survey:
             if value is None:
                 continue
             if all(user.index == one.value.index for user in self.maps.users(value)):
-                yield self._after(value, targets, near=one.value.within)
+                yield self._after(value, targets, _outer_first, near=one.value.within)
             else:
                 yield self._passed_on(one, value) or self._beside(one, value)
 
@@ -216,29 +232,36 @@ class Survey:
     def _beside(self, one: Sum, value: Value) -> Found:
         """The place on a shortcut that is the block's input: between the first layer of the branch and its last."""
         for branch in one.branches:
-            first, last = self._firsts[branch.index], self._end_of(one, branch)
-            begins = isinstance(first, Call) and first.x == value.index
-            if (
-                isinstance(first, Call)
-                and begins
-                and isinstance(last, Place)
-                and last.alone
-                and first.name != last.name
-            ):
-                place = self._place(first, value, side="shortcut")
-                return replace(place, name=last.name, source=first.name)
-        return Skipped(
-            one.value.within, "the shortcut is the block's input, and no two layers begin and end its branch"
-        )
+            first, last = self._enclosing.get(branch.index, (None, None))
+            if first is None or last is None or first.x != value.index:
+                continue
+            # a layer that is shared by two blocks has to leave the map for one and the same other layer
+            alike = [
+                pair for pair in self._enclosing.values() if pair[0].name == first.name or pair[1].name == last.name
+            ]
+            if first.name != last.name and all((a.name, b.name) == (first.name, last.name) for a, b in alike):
+                return replace(last, side="shortcut", source=first.name)
+        reason = "the shortcut is the block's input, and no two layers of its own begin and end its branch"
+        return Skipped(one.value.within, reason)
+
+    @cached_property
+    def _enclosing(self) -> dict[int, tuple[Call, Place]]:
+        """The first layer of each branch and the last one, by the value with which the branch ends."""
+        found = {}
+        for one, branch in self.branches:
+            first, last = self._firsts[branch.index], self._end_of(one, branch, _last_first)
+            if isinstance(first, Call) and isinstance(last, Place) and last.alone:
+                found[branch.index] = first, last
+        return found
 
     def _blocks(self) -> Iterable[Found]:
         ends = [block.end for block in self.blocks]
-        for end in ends:
-            yield self._after(end, ends, near=end.within)
+        for block in self.blocks:
+            yield self._after(block.end, ends, _named(block.name), near=block.end.within)
 
     def _stages(self) -> Iterable[Found]:
         for end in self.stage_ends:
-            yield self._after(end, self.stage_ends, near=end.within)
+            yield self._after(end, self.stage_ends, _outer_first, near=end.within)
 
     def _final(self) -> Iterable[Found]:
         pools = pooling.find(self.maps)
@@ -246,7 +269,7 @@ class Survey:
         if end is None and self.stage_ends:
             end = self.stage_ends[-1]
         if end is not None:
-            yield self._after(end, [end], near=end.within)
+            yield self._after(end, [end], _outer_first, near=end.within)
 
     def _layers(self) -> Iterable[Found]:
         for call in self.maps.calls:
@@ -257,42 +280,33 @@ class Survey:
                 if len(shapes) == 1:
                     yield self._place(call, value)
 
-    def _pool(self) -> Iterable[Found]:
+    def _pool(self, taken: Collection[str]) -> Iterable[Found]:
         for one in pooling.find(self.maps):
-            if one.layer is None:
-                yield Skipped(one.map.within, one.reason)
-            elif _has_part(one.layer.module):
-                yield Skipped(one.layer.name, f"it has a part called {ATTENTION!r} already")
-            else:
-                place = self._place(one.layer, one.map, side=one.side)
-                yield replace(place, width=one.width, pool=one.pool, source=one.source, functions=one.functions)
+            layers = [layer for layer in one.layers if not _has_part(layer.module)]
+            if not layers:
+                yield Skipped(one.layers[0].name if one.layers else one.map.within, one.reason or HAS_PART)
+                continue
+            layer = _first_free(layers, taken)
+            source = _first_free(list(one.sources), taken).name if one.sources else ""
+            place = self._place(layer, one.map, side=one.side)
+            yield replace(place, width=one.width, pool=one.pool, source=source, functions=one.functions)
 
-    def _after(
-        self, value: Value, targets: list[Value], *, near: str, what: str = "it", innermost: bool = False
-    ) -> Found:
-        """The layer whose output is a value and which gives nothing but such values."""
+    def _after(self, value: Value, targets: list[Value], order: Order, *, near: str, what: str = "it") -> Found:
+        """The first layer, in some order, whose output is a value and which gives nothing but such values."""
         if not self.maps.is_map(value):
-            return Skipped(near, "a sum of tokens, not of maps")
+            return Skipped(near, TOKENS)
         kind = self.maps.kind(value)
         alike = {each.index for each in targets if self.maps.is_map(each) and self.maps.kind(each) == kind}
-        calls = self.maps.by_output.get(value.index, [])
-        # those that computed the value before those that only pass it on
-        ends = [call for call in calls if call.x != call.y]
-        if not innermost:
-            # the outermost, but what is in a container before the container
-            ends = [each for each in ends[::-1] if not _is_container(each)] + [
-                each for each in ends if _is_container(each)
-            ]
-        ends += [call for call in calls if call.x == call.y]
-        ends.sort(key=lambda call: not call.alone)
+        calls = order(self.maps, self.maps.by_output.get(value.index, []))
+        calls.sort(key=lambda call: not call.alone)
         reasons = []
-        for end in ends:
-            if any(call.y not in alike for call in self.maps.calls_of(end.module)):
-                reasons.append(Skipped(end.name, "its output is used elsewhere as well"))
-            elif _has_part(end.module):
-                reasons.append(Skipped(end.name, f"it has a part called {ATTENTION!r} already"))
+        for call in calls:
+            if any(each.y not in alike for each in self.maps.calls_of(call.module)):
+                reasons.append(Skipped(call.name, ELSEWHERE))
+            elif _has_part(call.module):
+                reasons.append(Skipped(call.name, HAS_PART))
             else:
-                return self._place(end, value)
+                return self._place(call, value)
         return reasons[0] if reasons else Skipped(near, f"{what} ends in a function ({value.operator}), not in a layer")
 
     def _place(self, call: Call, value: Value, side: str = "after") -> Place:
@@ -314,9 +328,45 @@ def _is_inside(name: str, scope: str) -> bool:
     return scope == "" or f"{name}.".startswith(f"{scope}.")
 
 
-def _is_container(call: Call) -> bool:
-    layer = call.module.inner if isinstance(call.module, Attached) else call.module
-    return isinstance(layer, nn.Sequential)
+def _first_free(layers: list[Call], taken: Collection[str]) -> Call:
+    return next((layer for layer in layers if layer.name not in taken), layers[0])
+
+
+def _inner_first(maps: Maps, calls: list[Call]) -> list[Call]:
+    """The layer that computed a value before those around it, and before those that only pass it on."""
+    return sorted(calls, key=lambda call: call.x == call.y)
+
+
+def _last_first(maps: Maps, calls: list[Call]) -> list[Call]:
+    """The layer that passes a value on last before that which computed it."""
+    passing = [call for call in calls if call.x == call.y]
+    return passing[::-1] + [call for call in calls if call.x != call.y]
+
+
+def _outer_first(maps: Maps, calls: list[Call]) -> list[Call]:
+    """The outermost layer that computed a value, but what is in a container before the container."""
+    outer = calls[::-1]
+    outer.sort(key=lambda call: (call.x == call.y, maps.is_container(call)))
+    return outer
+
+
+def _around(total: Value) -> Order:
+    """The innermost layer that computes a sum before the others."""
+
+    def order(maps: Maps, calls: list[Call]) -> list[Call]:
+        around = [call for call in calls if call.first <= total.index < call.last]
+        return around + [call for call in _outer_first(maps, calls) if call not in around]
+
+    return order
+
+
+def _named(name: str) -> Order:
+    """The layer of a name before the others."""
+
+    def order(maps: Maps, calls: list[Call]) -> list[Call]:
+        return sorted(_outer_first(maps, calls), key=lambda call: call.name != name)
+
+    return order
 
 
 def _bits(ancestors: int) -> Iterable[int]:

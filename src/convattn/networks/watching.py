@@ -5,13 +5,13 @@ operator of PyTorch that runs gives a value; a tensor that was changed in place 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from convattn.errors import AttachError
 
@@ -166,7 +166,16 @@ def watch(model: nn.Module, example: Any) -> Watched:
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [one for one in tree_flatten(tree)[0] if isinstance(one, torch.Tensor)]
+    """The tensors in sequences, dictionaries and dataclasses; called for every operator, and so kept cheap."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, tuple | list):
+        return [tensor for one in tree if one is not None for tensor in _tensors(one)]
+    if isinstance(tree, Mapping):
+        return [tensor for one in tree.values() for tensor in _tensors(one)]
+    if is_dataclass(tree) and not isinstance(tree, type):
+        return [tensor for one in fields(tree) for tensor in _tensors(getattr(tree, one.name))]
+    return []
 
 
 def _hooks(name: str, module: nn.Module, recorder: _Recorder) -> list[Any]:
