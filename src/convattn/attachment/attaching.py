@@ -94,7 +94,7 @@ def attach(
         )
     pairs = [pair for site in chosen for pair in wrapped(model, site, chosen.entries[site.attention], replace)]
     _refuse_two_at_once(model, pairs)
-    exchange(model, pairs + _partners(model, [old for old, _ in pairs]))
+    exchange(model, pairs + partners(model, [old for old, _ in pairs]))
     return model
 
 
@@ -116,7 +116,7 @@ def remove(model: nn.Module, name: str) -> None:
     """Take the attention of one site out again."""
     wrapper = model.get_submodule(name)
     if isinstance(wrapper, Attached):
-        exchange(model, [(wrapper, wrapper.inner), *_partners(model, [wrapper])])
+        exchange(model, [(wrapper, wrapper.inner), *partners(model, [wrapper])])
 
 
 def attached(model: nn.Module) -> list[tuple[str, Attached]]:
@@ -138,7 +138,7 @@ def _refuse_two_at_once(model: nn.Module, pairs: list[Pair]) -> None:
             )
 
 
-def _partners(model: nn.Module, replaced: list[nn.Module]) -> list[Pair]:
+def partners(model: nn.Module, replaced: list[nn.Module]) -> list[Pair]:
     """What stands at the other end of a passage goes with what is replaced."""
     passages = {id(one.convattn_passage) for one in replaced if isinstance(one, PASSING)}
     others = [one for one in model.modules() if isinstance(one, PASSING) and one not in replaced]

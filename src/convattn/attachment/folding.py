@@ -1,7 +1,7 @@
 """Gates that do not depend on the input, merged into the weights beside them and removed."""
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -11,13 +11,15 @@ from torch import nn
 
 from convattn import checks
 from convattn.attachment.attaching import attached, remove
-from convattn.attachment.wrapper import Attached, AttachedBefore, AttachedMany
+from convattn.attachment.wrapper import Attached, AttachedBefore
 from convattn.errors import DataError, InvalidOption
 from convattn.nn.base import Gate
 
-# a gate is constant if it is so for maps of all these magnitudes
-SCALES = (0.0, 1e-2, 1.0, 1e2, 1e4)
-PROBES = 4
+# a gate is constant if it is so for maps of all these magnitudes, each in several directions and their opposites
+SCALES = (0.0, 1e-2, 1.0, 1e2, 1e4, 1e6, 1e9, 1e12)
+PROBES = 8
+# positions of a probe in each dimension at most: whether a gate is constant does not depend on them
+PROBE_SIDE = 8
 # of a gate in float64
 CONSTANT = 1e-9
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -130,7 +132,7 @@ def fold(model: nn.Module, data: Any = None, tolerance: float = 0.01, *, allow: 
     for name, wrapper in sites.items():
         found = _judged(model, name, wrapper, gates.get(name), limit)
         if not found.reason and batches is not None and before is not None:
-            found = _with_change(found, model, wrapper, gates[name].mean, batches, before)
+            found = _with_change(found, model, wrapper, gates.get(name), batches, before)
         if not found.reason:
             allowed = allow is None or (allow(found) if callable(allow) else name in allow)
             found = _changed(found, folded=True) if allowed else _changed(found, reason="not allowed")
@@ -205,14 +207,15 @@ def _probed(sites: dict[str, Attached]) -> dict[str, _Seen]:
         if isinstance(wrapper.attention, Gate):
             gate = copy.deepcopy(wrapper.attention).cpu().double().eval()
             generator = torch.Generator().manual_seed(0)
-            shape = (PROBES, wrapper.site.channels, *wrapper.site.size)
+            shape = (PROBES, wrapper.site.channels, *(min(side, PROBE_SIDE) for side in wrapper.site.size))
             collector = _Collector()
             with torch.no_grad():
                 for scale in SCALES:
                     # each channel with a level of its own: of zero-mean maps every mean would be nearly 0
                     level = torch.randn(*shape[:2], *[1] * len(shape[2:]), generator=generator, dtype=torch.float64)
                     noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-                    collector.add(gate.gates(scale * (level + noise)))
+                    probe = scale * (level + noise)
+                    collector.add(gate.gates(torch.cat([probe, -probe])))
             found[name] = collector.seen
     return found
 
@@ -241,7 +244,8 @@ def _judged(model: nn.Module, name: str, wrapper: Attached, gate: _Seen | None, 
         silent = _is_silent(wrapper.attention)
         reason = "" if silent else "it is no gate" if not isinstance(wrapper.attention, Gate) else "it was never called"
         return Fold(name, wrapper.site.attention, 0.0 if silent else inf, reason=reason)
-    reason = "it depends on the input" if gate.deviation > limit else ""
+    # so that what is no number is not within the limit either
+    reason = "" if gate.deviation <= limit else "it depends on the input"
     if not reason and not _is_one(gate.mean):
         reason = _obstacle(model, wrapper)
     return Fold(name, wrapper.site.attention, gate.deviation, reason=reason)
@@ -261,11 +265,13 @@ def _changed(found: Fold, **values: Any) -> Fold:
 
 
 def _with_change(
-    found: Fold, model: nn.Module, wrapper: Attached, mean: torch.Tensor, batches: list[Any], before: _Predictions
+    found: Fold, model: nn.Module, wrapper: Attached, gate: _Seen | None, batches: list[Any], before: _Predictions
 ) -> Fold:
     """The accuracy with this gate alone replaced by its mean."""
+    if gate is None or _is_one(gate.mean):
+        return _changed(found, change_points=None if before.labels is None else 0.0, agreement=1.0)
     attention = wrapper.attention
-    wrapper._modules["attention"] = _Constant(mean, wrapper.site.dimensions)
+    wrapper._modules["attention"] = _Constant(gate.mean, wrapper.site.dimensions)
     try:
         now = _predictions(model, batches)
     finally:
@@ -286,38 +292,44 @@ class _Constant(nn.Module):
         return x * self.mean.to(x.device, x.dtype)
 
 
-def _target(wrapper: Attached) -> nn.Module:
-    """The layer whose weights the gate is merged into: of a chain the one next to the gate."""
+def _chain(wrapper: Attached) -> list[nn.Module]:
+    """The wrapped layer, and of a sequence the one next to the gate, whose weights the gate is merged into."""
     layer = wrapper.inner
+    chain = [layer]
     while type(layer) is nn.Sequential and len(layer):
-        layer = layer[0] if isinstance(wrapper, AttachedBefore) else layer[-1]
-    return layer
+        layer = layer[0 if isinstance(wrapper, AttachedBefore) else len(layer) - 1]
+        chain.append(layer)
+    return chain
 
 
 def _obstacle(model: nn.Module, wrapper: Attached) -> str:
     """Why the weights beside a gate cannot take it; empty if they can."""
-    layer = _target(wrapper)
+    chain = _chain(wrapper)
+    layer = chain[-1]
+    if type(wrapper) not in (Attached, AttachedBefore):
+        return "it does not stand on the map of one layer"
     kinds = (*CONVOLUTIONS, nn.Linear) if isinstance(wrapper, AttachedBefore) else (*CONVOLUTIONS, nn.Linear, *NORMS)
     # by exact type: a subclass may do more than scale, such as normalise its weights or apply an activation
-    if type(layer) not in kinds or isinstance(wrapper, AttachedMany):
+    if type(layer) not in kinds:
         return f"its layer is a {type(layer).__name__}, which cannot take it"
+    if any(one._forward_hooks or one._forward_pre_hooks for one in chain):
+        return f"hooks work on its {type(layer).__name__}"
     if not isinstance(layer._parameters.get("weight"), torch.Tensor):
         return f"its {type(layer).__name__} has no weight of its own"
     if isinstance(layer, nn.LayerNorm) and layer.weight.dim() != 1:
         return "its norm scales positions, not channels"
     own = {id(one) for one in layer._parameters.values()}
-    elsewhere = (one for one in model.modules() if one is not layer and not isinstance(one, Attached))
-    if any(
-        id(parameter) in own for one in elsewhere for parameter in one._parameters.values() if parameter is not None
-    ):
-        return "its weights are used elsewhere as well"
-    return ""
+    others = [one for one in model.modules() if one is not layer and not isinstance(one, Attached)]
+    tied = any(id(one) in own for other in others for one in other._parameters.values() if one is not None)
+    # whoever holds the wrapped layer itself holds the wrapper
+    held = sum(child is one for one in chain[1:] for other in others for child in other._modules.values())
+    return "its weights are used elsewhere as well" if tied or held > len(chain) - 1 else ""
 
 
 def _merge(wrapper: Attached, mean: torch.Tensor | None) -> None:
     if mean is None or _is_one(mean):
         return
-    layer = _target(wrapper)
+    layer = _chain(wrapper)[-1]
     weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
     if weight is None:
         return
@@ -338,14 +350,21 @@ def _merge(wrapper: Attached, mean: torch.Tensor | None) -> None:
 
 
 def _batches(data: Any) -> list[Any]:
-    if isinstance(data, torch.Tensor) or _is_labelled(data):
-        return [data]
-    batches = list(data) if isinstance(data, Iterable) else []
-    if not batches or not all(isinstance(one, torch.Tensor) or _is_labelled(one) for one in batches):
+    batches = [data] if isinstance(data, torch.Tensor) or _is_labelled(data) else _listed(data)
+    # loaders of images alone give lists of one
+    batches = [one[0] if isinstance(one, tuple | list) and len(one) == 1 else one for one in batches]
+    good = all((isinstance(one, torch.Tensor) and one.dim() > 2) or _is_labelled(one) for one in batches)
+    filled = [one for one in batches if len(one if isinstance(one, torch.Tensor) else one[0])] if good else []
+    if not filled:
         raise DataError(
-            "fold: data must be a batch of images, a tuple of images and labels, or an iterable of either, none empty."
+            "fold: data must be a batch of images, a tuple of images and their labels, or an iterable of either, and "
+            "have an image."
         )
-    return batches
+    return filled
+
+
+def _listed(data: Any) -> list[Any]:
+    return list(data) if isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping) else []
 
 
 def _is_labelled(data: Any) -> bool:
@@ -353,7 +372,8 @@ def _is_labelled(data: Any) -> bool:
         isinstance(data, tuple | list)
         and len(data) == 2
         and all(isinstance(one, torch.Tensor) for one in data)
-        and data[1].dim() == 1
+        and data[0].dim() > 2
+        and data[1].shape == data[0].shape[:1]
     )
 
 

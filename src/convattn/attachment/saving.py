@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from convattn import checks, registry
-from convattn.attachment.attaching import attached, exchange, wrapped
+from convattn.attachment.attaching import attached, exchange, partners, wrapped
 from convattn.attachment.plans import UNCHANGED, Factory, Site
 from convattn.attachment.sites import Place
 from convattn.attachment.wrapper import ATTENTION, Attached
@@ -62,7 +62,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         "convattn": version("convattn"),
         "torch": torch.__version__,
         "base": {"network": _network(model), "tensors": _fingerprint(model)},
-        "sites": [_described(wrapper.site, name) for name, wrapper in sites],
+        "sites": [_described(model, name, wrapper) for name, wrapper in sites],
     }
     try:
         text = json.dumps(about, indent=1)
@@ -139,7 +139,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         tensors = safetensors.torch.load_file(folder / WEIGHTS)
     except (ValueError, OSError, SafetensorError) as error:
         raise WeightsError(f"{folder} cannot be read ({error}). {UNCHANGED}") from error
-    if not isinstance(about, dict) or not {"format", "base", "sites"} <= about.keys():
+    if not _is_description(about):
         raise WeightsError(f"{folder / ABOUT} does not describe attention. {UNCHANGED}")
     if about["format"] != FORMAT:
         raise WeightsError(
@@ -147,6 +147,15 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             f"reads format {FORMAT}. {UNCHANGED}"
         )
     return about, tensors
+
+
+def _is_description(about: Any) -> bool:
+    if not isinstance(about, dict) or not {"format", "base", "sites"} <= about.keys():
+        return False
+    base, sites = about["base"], about["sites"]
+    tensors = base.get("tensors") if isinstance(base, dict) and "network" in base else None
+    entries = isinstance(tensors, dict) and all(isinstance(one, list) and len(one) == 3 for one in tensors.values())
+    return entries and isinstance(sites, list) and all(isinstance(site, dict) for site in sites)
 
 
 def _refuse_another(model: nn.Module, base: dict[str, Any], folder: Path, weights: str) -> None:
@@ -194,7 +203,7 @@ def _fingerprint(model: nn.Module) -> Fingerprint:
     return {
         key: [list(value.shape), str(value.dtype).removeprefix("torch."), _hash(value)]
         for key, value in model.state_dict().items()
-        if not key.startswith(prefixes) and not key.endswith(COUNTER)
+        if isinstance(value, torch.Tensor) and not key.startswith(prefixes) and not key.endswith(COUNTER)
     }
 
 
@@ -205,8 +214,12 @@ def _hash(tensor: torch.Tensor) -> str:
     return hashlib.blake2b(content.data, digest_size=8).hexdigest()
 
 
-def _described(site: Site, name: str) -> dict[str, Any]:
-    return {**dataclasses.asdict(site), "name": name}
+def _described(model: nn.Module, name: str, wrapper: Attached) -> dict[str, Any]:
+    """A site, under the names that its layers have here: what is saved may be a part of what was attached to."""
+    sources = [other for other, _ in partners(model, [wrapper])]
+    source = next((other for other, one in model.named_modules() if one in sources), "")
+    found = dataclasses.replace(wrapper.site.found, name=name, source=source)
+    return dataclasses.asdict(dataclasses.replace(wrapper.site, name=name, found=found))
 
 
 def _site(described: dict[str, Any]) -> Site:
