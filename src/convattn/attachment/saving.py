@@ -116,7 +116,12 @@ def load(
     pairs = []
     for site in about["sites"]:
         made = _site(site)
-        found = wrapped(model, made, _entry(made, factories or {}))
+        try:
+            found = wrapped(model, made, _entry(made, factories or {}))
+        except (TypeError, InvalidOption) as error:
+            raise WeightsError(
+                f"{folder / ABOUT}: no module can be made for {made.name!r} ({error}) {UNCHANGED}"
+            ) from error
         wrapper = found[0][1]
         prefix = f"{made.name}.{ATTENTION}."
         state = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}

@@ -47,10 +47,17 @@ def parameter_groups(
         for of_attention in (False, True)
         for decays in (True, False)
     }
-    for parameter in model.parameters():
+    norms = {one for name, one in _owned(model) if "norm" in name.lower()}
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[parameter in added, parameter.dim() > 1]["params"].append(parameter)
+            decays = parameter.dim() > 1 and parameter not in norms and name.rpartition(".")[2] != "bias"
+            groups[parameter in added, decays]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
+
+
+def _owned(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Every parameter with the class of the module that it is of."""
+    return [(type(one).__name__, each) for one in model.modules() for each in one.parameters(recurse=False)]
 
 
 def freeze_base(model: nn.Module) -> nn.Module:
