@@ -136,10 +136,11 @@ def watch(model: nn.Module, example: Any) -> Watched:
         AttachError: the network does not run on the example. The model was not changed.
     """
     recorder = _Recorder()
-    # where the network is, the example goes
+    # where the network is, the example goes; a copy, since a network may change its input
     device = next((one.device for one in model.parameters()), None)
-    if device is not None:
-        example = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), example)
+    example = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device or tensor.device, copy=True), example)
+    # some networks count or learn statistics in eval mode as well
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     args = example if isinstance(example, tuple) else () if isinstance(example, dict) else (example,)
     kwargs = example if isinstance(example, dict) else {}
     for tensor in _tensors((args, kwargs)):
@@ -162,6 +163,9 @@ def watch(model: nn.Module, example: Any) -> Watched:
             handle.remove()
         for module, mode in modes.items():
             module.training = mode
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
     return recorder.seen
 
 
