@@ -64,7 +64,6 @@ WITH_NAMED_FEATURES = (*WITH_STAGES, "timm:mobilenetv3_small_100", "timm:efficie
 ATTENTION = ("se", "cbam")
 
 Pair = tuple[str, str]
-PAIRS: tuple[Pair, ...] = tuple(itertools.product(NETWORKS, ATTENTION))
 # of every family one, for what is quick
 FAMILIES: tuple[Pair, ...] = (
     ("torchvision:resnet18", "cbam"),
@@ -211,7 +210,8 @@ def parameter_names(model: nn.Module) -> list[str]:
 
 
 def loss(y: torch.Tensor) -> torch.Tensor:
-    return nn.functional.cross_entropy(y.float(), torch.arange(len(y)))
+    # the mean over images of each by itself, whichever of them a process has
+    return -y.float().log_softmax(1)[:, 0].mean()
 
 
 def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -382,15 +382,14 @@ def test_compile(network: str, attention: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network, attention", PAIRS)
+@pytest.mark.parametrize("network, attention", FAMILIES)
 def test_compile_for_training(network: str, attention: str) -> None:
     check_compiled(network, attention, backend="aot_eager")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ATTENTION)
-def test_compile_to_machine_code(attention: str) -> None:
-    check_compiled("torchvision:mobilenet_v3_small", attention)
+def test_compile_to_machine_code() -> None:
+    check_compiled("torchvision:vgg11_bn", "cbam")
 
 
 @pytest.mark.parametrize("at", ["residual", "block"])
