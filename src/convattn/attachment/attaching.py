@@ -154,7 +154,9 @@ def wrapped(model: nn.Module, site: Site, one: Entry, replace: bool = False) -> 
     place = site.found
     layer = _layer(model, site.name)
     inner = _plain(layer, site.name, replace)
-    module = built(one, place, site.start, site.options)
+    # tensors made for inference could never be trained
+    with torch.inference_mode(False):
+        module = built(one, place, site.start, site.options)
     like = next((p for p in (*inner.parameters(), *model.parameters()) if p.is_floating_point()), torch.empty(0))
     module.to(like.device, like.dtype).train(inner.training)
     kept: dict[str, Any] = {"site": site, "channels_last": site.channels_last}
@@ -210,5 +212,6 @@ def exchange(model: nn.Module, pairs: list[Pair]) -> None:
             parent._modules[key] = new[old]
     except BaseException:
         for parent, key, old in reversed(done):
-            parent._modules[key] = old
+            # past whatever refused: the way back must not fail
+            dict.__setitem__(parent._modules, key, old)
         raise

@@ -4,7 +4,8 @@ No symbolic tracing: the network runs as it is, with its control flow, in-place 
 operator of PyTorch that runs gives a value; a tensor that was changed in place is another value than before.
 """
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -149,8 +150,11 @@ def watch(model: nn.Module, example: Any) -> Watched:
     handles: list[Any] = []
     try:
         for name, module in model.named_modules():
-            handles += _hooks(name, module, recorder)
-        with torch.no_grad(), torch.random.fork_rng(), recorder:
+            for handle in _hooks(name, module, recorder):
+                handles.append(handle)
+        with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(), recorder:
+            # what the network warns of it will say again when it is used
+            warnings.simplefilter("ignore")
             model.eval()(*args, **kwargs)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -182,7 +186,7 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     return []
 
 
-def _hooks(name: str, module: nn.Module, recorder: _Recorder) -> list[Any]:
+def _hooks(name: str, module: nn.Module, recorder: _Recorder) -> Iterator[Any]:
     entered: list[tuple[int | None, bool, int]] = []
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -199,4 +203,5 @@ def _hooks(name: str, module: nn.Module, recorder: _Recorder) -> list[Any]:
         y = outputs[0] if isinstance(output, torch.Tensor) else None
         recorder.seen.calls.append(Call(name, module, x, y, outputs, alone, first, len(recorder.seen.values)))
 
-    return [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+    yield module.register_forward_pre_hook(before, with_kwargs=True)
+    yield module.register_forward_hook(after)
