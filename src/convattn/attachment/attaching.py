@@ -157,8 +157,8 @@ def wrapped(model: nn.Module, site: Site, one: Entry, replace: bool = False) -> 
     # tensors made for inference could never be trained
     with torch.inference_mode(False):
         module = built(one, place, site.start, site.options)
-    like = next((p for p in (*inner.parameters(), *model.parameters()) if p.is_floating_point()), torch.empty(0))
-    module.to(like.device, like.dtype).train(inner.training)
+        like = next((p for p in (*inner.parameters(), *model.parameters()) if p.is_floating_point()), torch.empty(0))
+        module.to(like.device, like.dtype).train(inner.training)
     kept: dict[str, Any] = {"site": site, "channels_last": site.channels_last}
     if place.side == "vector":
         source = _layer(model, place.source)

@@ -19,7 +19,9 @@ NONLINEAR = (
     "mish",
     "softplus",
     "clamp",
-    "max_pool",
+    "leaky_relu",
+    "_prelu",
+    "rrelu",
 )
 # activations that are functions of one tensor
 ACTIVATIONS = (
@@ -63,8 +65,10 @@ def sums(seen: Watched) -> list[Sum]:
     another, and the shortcut is the one with fewer layers (at most one) since what they have in common. Sums inside a
     branch, of parallel convolutions and of several scales are not residual.
     """
-    found = [_judged(seen, value, _operands(seen, value)) for value in seen.values if _adds_maps(seen, value)]
-    chained = {one.index for each in found for one in _inner_additions(seen, each.value)}
+    # the sum that a layer gives is one operand of the next sum
+    given = {call.y for call in seen.calls if call.y is not None and call.x != call.y}
+    found = [_judged(seen, value, _operands(seen, value, given)) for value in seen.values if _adds_maps(seen, value)]
+    chained = {one.index for each in found for one in _inner_additions(seen, each.value, given)}
     found = [each for each in found if each.value.index not in chained]
     return [_outside(each, found) for each in found]
 
@@ -76,27 +80,29 @@ def _adds_maps(seen: Watched, value: Value) -> bool:
     return all(one.shape == value.shape and seen.is_data(one) for one in given)
 
 
-def _operands(seen: Watched, value: Value) -> tuple[Value, ...]:
+def _operands(seen: Watched, value: Value, given: set[int]) -> tuple[Value, ...]:
     """What is summed, through additions whose result only the next addition uses."""
     operands: list[Value] = []
     for one in (seen.values[index] for index in value.inputs):
-        operands += _operands(seen, one) if _is_inner(seen, one) else (one,)
+        operands += _operands(seen, one, given) if _is_inner(seen, one, given) else (one,)
     return tuple(operands)
 
 
-def _is_inner(seen: Watched, value: Value) -> bool:
-    return _adds_maps(seen, value) and len(seen.users.get(value.index, [])) == 1
+def _is_inner(seen: Watched, value: Value, given: set[int]) -> bool:
+    return _adds_maps(seen, value) and len(seen.users.get(value.index, [])) == 1 and value.index not in given
 
 
-def _inner_additions(seen: Watched, value: Value) -> list[Value]:
-    inner = [seen.values[index] for index in value.inputs if _is_inner(seen, seen.values[index])]
-    return inner + [deeper for one in inner for deeper in _inner_additions(seen, one)]
+def _inner_additions(seen: Watched, value: Value, given: set[int]) -> list[Value]:
+    inner = [seen.values[index] for index in value.inputs if _is_inner(seen, seen.values[index], given)]
+    return inner + [deeper for one in inner for deeper in _inner_additions(seen, one, given)]
 
 
 def _judged(seen: Watched, value: Value, operands: tuple[Value, ...]) -> Sum:
     common = reduce(lambda a, b: a & b, (one.ancestors for one in operands))
     paths = {one.index: _operators(seen, one.ancestors & ~common) for one in operands}
-    if any(_count(path, RESCALING) for path in paths.values()):
+    enlarged = [bool(_count(path, RESCALING)) for path in paths.values()]
+    # where all are enlarged, as in the blocks of a generator, they are of one scale
+    if any(enlarged) and not all(enlarged):
         return Sum(value, operands, None, "a fusion of several scales")
     sources = [one for one in operands if any(other.depends_on(one) for other in operands)]
     if sources:
@@ -104,12 +110,12 @@ def _judged(seen: Watched, value: Value, operands: tuple[Value, ...]) -> Sum:
         return Sum(value, operands, min(sources, key=lambda one: one.index))
     weights = {one.index: _count(paths[one.index], WEIGHTED) for one in operands}
     bends = {one.index: _count(paths[one.index], NONLINEAR) for one in operands}
-    if max(weights.values()) <= 1 and not any(bends.values()):
+    if not any(bends.values()):
         return Sum(value, operands, None, "parallel convolutions")
     shortcut = min(operands, key=lambda one: weights[one.index])
     rest = [one for one in operands if one is not shortcut]
     deeper = all(weights[one.index] > weights[shortcut.index] for one in rest)
-    if weights[shortcut.index] > 1 or bends[shortcut.index] or not deeper:
+    if bends[shortcut.index] or not deeper:
         return Sum(value, operands, None, "branches of which none is a shortcut")
     return Sum(value, operands, shortcut)
 
@@ -119,7 +125,7 @@ def _outside(one: Sum, every: list[Sum]) -> Sum:
     if one.shortcut is None or any(branch.depends_on(one.shortcut) for branch in one.branches):
         return one
     for other in every:
-        if other is not one and other.shortcut is not None:
+        if other is not one and other.shortcut is not None and other.value.within == one.value.within:
             inside = any(branch.depends_on(one.value) or branch is one.value for branch in other.branches)
             if inside and not (other.shortcut.depends_on(one.value) or other.shortcut is one.value):
                 return Sum(one.value, one.operands, None, "inside the branch of another sum")
