@@ -350,29 +350,13 @@ def test_checkpoints_go_both_ways(network: str, attention: str) -> None:
 
 
 def check_compiled(network: str, attention: str, **options: Any) -> None:
-    """A network that is compiled as one graph has the gradients of the network, and then follows its gates."""
-    torch._dynamo.reset()
-    model, x = moved(network, attention), images()
-    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, **options)
-    found = {name.removeprefix("_orig_mod."): one for name, one in gradients(compiled, x).items()}
-    assert_same_gradients(found, gradients(model, x))
-    with torch.no_grad():
-        for one in (compiled, model):
-            for parameter in strengths(one):
-                parameter.fill_(0.1)
-    assert_same(compiled(x), model(x))
-    torch._dynamo.reset()
-
-
-@pairs([("torchvision:resnet18", "se"), ("timm:convnext_atto", "se"), ("torchvision:vgg11_bn", "cbam")])
-def test_compile(network: str, attention: str) -> None:
     torch._dynamo.reset()
     model, x = moved(network, attention), images()
     with torch.no_grad():
         expected = model(x)
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        compiled = torch.compile(model, fullgraph=True, **options)
         assert_same(compiled(x), expected)
-        # a gate is not compiled in
+        # gates are not compiled in
         for parameter in strengths(compiled):
             parameter.fill_(0.1)
         changed = compiled(x)
@@ -381,15 +365,25 @@ def test_compile(network: str, attention: str) -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("network, attention", FAMILIES)
-def test_compile_for_training(network: str, attention: str) -> None:
+@pairs([("torchvision:resnet18", "se"), ("timm:convnext_atto", "se"), ("torchvision:vgg11_bn", "cbam")])
+def test_compile(network: str, attention: str) -> None:
     check_compiled(network, attention, backend="aot_eager")
 
 
 @pytest.mark.slow
 def test_compile_to_machine_code() -> None:
     check_compiled("torchvision:vgg11_bn", "cbam")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network, attention", FAMILIES)
+def test_compile_for_training(network: str, attention: str) -> None:
+    torch._dynamo.reset()
+    model, x = moved(network, attention), images()
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    found = {name.removeprefix("_orig_mod."): one for name, one in gradients(compiled, x).items()}
+    assert_same_gradients(found, gradients(model, x))
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("at", ["residual", "block"])
@@ -487,6 +481,10 @@ def check_synchronised(network: str, attention: str, convert: Callable[[nn.Modul
         assert not any(isinstance(module, nn.BatchNorm2d) for module in converted.modules())
         assert parameter_names(converted) == names
         assert torch.equal(converted(x), expected)
+        # a wrapper follows its new layer
+        tensors = itertools.chain(*(f() for f in (converted.double().parameters, converted.buffers)))
+        assert {one.dtype for one in tensors if one.is_floating_point()} == {torch.float64}
+        converted.float()
         # what is restored is the plain network with its new norms
         restored = detach(converted)
         assert list(restored.state_dict()) == list(plain(network).state_dict())

@@ -124,12 +124,28 @@ class Attached(nn.Module):
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # what is the layer's is set there, as it is read there
         inner = self.__dict__.get("_modules", {}).get(INNER)
-        if inner is not None and name not in self.__dict__ and name not in self._modules and hasattr(inner, name):
+        if inner is not None and name == INNER:
+            # sharding and checkpointing wrappers put themselves around the layer this way
+            self.add_module(name, value)
+        elif inner is None or self._is_own(name):
+            super().__setattr__(name, value)
+        elif hasattr(inner, name) or isinstance(value, torch.Tensor):
+            # what is the layer's is set there, as it is read there
             setattr(inner, name, value)
         else:
             super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        inner = self.__dict__.get("_modules", {}).get(INNER)
+        if inner is None or self._is_own(name):
+            super().__delattr__(name)
+        else:
+            delattr(inner, name)
+
+    def _is_own(self, name: str) -> bool:
+        # of the class too: `__class__` and `_compiled_call_impl` are those of whoever is asked to change
+        return name in self.__dict__ or name in self._modules or hasattr(type(self), name)
 
     def __getattr__(self, name: str) -> Any:
         try:

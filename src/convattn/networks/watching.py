@@ -118,9 +118,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func.overloadpacket.__name__
         arguments = tuple(args[1:]) if len(given) == 1 else ()
         # of several results those that are empty in eval mode, such as saved statistics, are none
-        for tensor in (
-            [result] if isinstance(result, torch.Tensor) else [one for one in _tensors(result) if one.numel()]
-        ):
+        results = [result] if isinstance(result, torch.Tensor) else [one for one in _tensors(result) if one.numel()]
+        # what a norm saves for its gradient is empty on some devices only; nothing uses it here
+        for tensor in results[:1] if "norm" in name else results:
             index = self.add(tensor, name, inputs, arguments)
             if any(tensor is one for one in given):
                 # changed in place: counted once this returns

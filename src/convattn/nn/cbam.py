@@ -157,11 +157,14 @@ class SpatialAttention(Gate):
         summary = ops.spatial_summary(x)  # [B, 2, *spatial]
         if self.norm is None:
             return torch.sigmoid(self.conv(summary))
-        if self.norm.training and summary.numel() == 2 and not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            raise ShapeMismatch(
-                f"SpatialAttention: batch norm needs more than one position to train on, got a map of shape "
-                f"{tuple(x.shape)}; use a larger batch or map, norm=None, or eval()."
-            )
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            # a symbolic trace knows no shapes
+            known = not isinstance(summary, torch.fx.Proxy)
+            if known and self.norm.training and summary.numel() == 2:
+                raise ShapeMismatch(
+                    f"SpatialAttention: batch norm needs more than one position to train on, got a map of shape "
+                    f"{tuple(x.shape)}; use a larger batch or map, norm=None, or eval()."
+                )
         return torch.sigmoid(self.norm(self.conv(summary)))
 
 
