@@ -189,7 +189,7 @@ MISTAKES = {
     "weights of another network": (weights_of_another_network, GOOD, "weights of another network than"),
     "another comparison": (another_comparison, GOOD, "out holds another comparison"),
     "other files": (other_files, GOOD, "out exists and holds no comparison"),
-    "no residual blocks": (nothing, f"{GOOD} --backbone network.py:plain --weights none", "no residual block"),
+    "no residual blocks": (nothing, f"{GOOD} --backbone network.py:plain --weights none", "no place at 'residual'"),
     "a network for more classes": (nothing, f"{GOOD} --backbone network.py:five --weights none", "expected (2, 3)"),
     "show without images": (nothing, "show weights.pt", "Missing"),
     "show nowhere": (nothing, "show nowhere.safetensors data/red/000.png --out out", "No checkpoint at nowhere"),
@@ -442,11 +442,28 @@ def test_interrupted_with_several_at_a_time(world: Path, seconds: float | None) 
 def test_sites(call: Call) -> None:
     code, out, err = call("sites", "resnet20", "--attention", "se+dual")
     assert (code, err) == (0, "")
-    assert out.splitlines()[0].split() == ["site", "place", "attention", "channels", "map", "parameters", "added"]
+    columns = ["site", "place", "stage", "attention", "channels", "map", "parameters", "multiply-adds"]
+    assert out.splitlines()[0].split() == columns
     assert len(out.splitlines()) == 1 + 9 + 1 + 1
+
+
+def test_sites_of_some_stages(call: Call) -> None:
+    code, out, err = call(
+        "sites", "resnet20", "--at", "stage", "--stages", "2,3", "--where", "layer3", "--image-size", "64"
+    )
+    assert (code, err) == (0, "")
+    site, total = out.splitlines()[1:]
+    assert site.split()[:8] == ["layer3.2", "stage", "3", "cbam", "64", "16", "x", "16"] and total.startswith(
+        "total added"
+    )
+
+
+def test_stages_that_are_no_numbers(call: Call) -> None:
+    code, out, err = call("sites", "resnet20", "--stages", "two")
+    assert (code, out) == (2, "") and "stages must be numbers separated by commas, got 'two'" in one_line(err)
 
 
 def test_sites_of_a_network_without_residual_sums(call: Call) -> None:
     code, out, err = call("sites", "torchvision:vgg11")
     assert (code, out) == (2, "")
-    assert "no residual block" in one_line(err)
+    assert "no place at 'residual'. It has these" in one_line(err)

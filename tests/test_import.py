@@ -24,9 +24,14 @@ def test_public_names() -> None:
         "attach",
         "detach",
         "features",
+        "fold",
+        "freeze_base",
+        "load",
         "module_from",
         "names",
+        "parameter_groups",
         "plan",
+        "save",
     ]
 
 

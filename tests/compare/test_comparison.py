@@ -583,7 +583,7 @@ BAD = {
     "unknown backbone": (only(backbone="resnet21", weights=None), UnknownName, "'resnet21'.*Did you mean"),
     "no network file": (only(backbone="nowhere.py:network"), UnknownName, r"No file nowhere\.py"),
     "no function": (network("netwrok"), UnknownName, "no function 'netwrok'.*Did you mean 'network'"),
-    "no residual blocks": (network("plain"), AttachError, "no residual block"),
+    "no residual blocks": (network("plain"), AttachError, "no place at 'residual'"),
     "images too small": (network("large"), InvalidOption, "does not take images of 16 x 16 pixels"),
     "another number of classes": (network("five"), InvalidOption, r"shape \(2, 5\).*expected \(2, 3\)"),
     "unknown variant": (only(variants="se,cbma"), UnknownName, "'cbma'. Did you mean 'cbam'"),

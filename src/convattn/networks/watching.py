@@ -141,7 +141,7 @@ def watch(model: nn.Module, example: Any) -> Watched:
     device = next((one.device for one in model.parameters()), None)
     example = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device or tensor.device, copy=True), example)
     # some networks count or learn statistics in eval mode as well
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
     args = example if isinstance(example, tuple) else () if isinstance(example, dict) else (example,)
     kwargs = example if isinstance(example, dict) else {}
     for tensor in _tensors((args, kwargs)):
@@ -169,7 +169,9 @@ def watch(model: nn.Module, example: Any) -> Watched:
             module.training = mode
         with torch.no_grad():
             for buffer, value in buffers:
-                buffer.copy_(value)
+                # one that shares its own memory cannot be written to, and was not
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
     return recorder.seen
 
 
