@@ -675,9 +675,9 @@ def skips_added_after_interpolation() -> nn.Module:
     )
 
 
-@case(encoder_sites("encoder."), IMAGES)
+@case([*encoder_sites("encoder."), "up2.2", "up1.2"], IMAGES)
 def skips_added_after_transposed_convolutions() -> nn.Module:
-    # as in LinkNet
+    # as in LinkNet: each operand but the skip depends on the skip, as in blocks with a strided branch
     return decoded(
         lambda width, out: nn.Sequential(nn.ConvTranspose2d(width, out, 2, 2), nn.BatchNorm2d(out), nn.ReLU())
     )
@@ -1105,11 +1105,20 @@ def pooled_by_functions(classify: Callable[[Any, torch.Tensor], torch.Tensor]) -
     return Written(forward, **layers)
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_head_in_a_checkpoint(reentrant: bool) -> None:
+def checkpointed_head(reentrant: bool) -> nn.Module:
+    return pooled_by_functions(lambda m, y: checkpoint(lambda z: m.head(z.mean((2, 3))), y, use_reentrant=reentrant))
+
+
+def test_head_in_a_reentrant_checkpoint() -> None:
+    """It gives gradients to nothing but what it is handed, and the map comes past it: refused with what to do."""
+    model = attach(checkpointed_head(True), "dual", example=IMAGES)
+    with pytest.raises(AttachError, match="use_reentrant=False"):
+        loss(run(model, IMAGES)).backward()
+
+
+def test_head_in_a_checkpoint() -> None:
     """A classifier that runs again for the gradient pools the same map again."""
-    model = pooled_by_functions(lambda m, y: checkpoint(lambda z: m.head(z.mean((2, 3))), y, use_reentrant=reentrant))
+    model = checkpointed_head(False)
     other = pooled_by_functions(lambda m, y: m.head(y.mean((2, 3))))
     other.load_state_dict(model.state_dict())
     for each in (model, other):

@@ -1,6 +1,6 @@
 """Change a network as planned, and change it back."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from convattn.attachment.wrapper import (
     AttachedSource,
     AttachedVector,
     Passage,
+    layer_of,
+    like,
 )
 from convattn.errors import AttachError, InvalidOption
 from convattn.registry import Entry
@@ -108,7 +110,7 @@ def detach(model: nn.Module) -> nn.Module:
         >>> detach(attach(network, "se")).layer1[0].bn2 is layer
         True
     """
-    exchange(model, [(module, module.inner) for module in model.modules() if isinstance(module, Attached)])
+    exchange(model, [(module, layer_of(module)) for module in model.modules() if isinstance(module, Attached)])
     return model
 
 
@@ -116,7 +118,7 @@ def remove(model: nn.Module, name: str) -> None:
     """Take the attention of one site out again."""
     wrapper = model.get_submodule(name)
     if isinstance(wrapper, Attached):
-        exchange(model, [(wrapper, wrapper.inner), *partners(model, [wrapper])])
+        exchange(model, [(wrapper, layer_of(wrapper)), *partners(model, [wrapper])])
 
 
 def attached(model: nn.Module) -> list[tuple[str, Attached]]:
@@ -142,7 +144,7 @@ def partners(model: nn.Module, replaced: list[nn.Module]) -> list[Pair]:
     """What stands at the other end of a passage goes with what is replaced."""
     passages = {id(one.convattn_passage) for one in replaced if isinstance(one, PASSING)}
     others = [one for one in model.modules() if isinstance(one, PASSING) and one not in replaced]
-    return [(one, one.inner) for one in others if id(one.convattn_passage) in passages]
+    return [(one, layer_of(one)) for one in others if id(one.convattn_passage) in passages]
 
 
 def wrapped(model: nn.Module, site: Site, one: Entry, replace: bool = False) -> list[Pair]:
@@ -157,8 +159,9 @@ def wrapped(model: nn.Module, site: Site, one: Entry, replace: bool = False) -> 
     # tensors made for inference could never be trained
     with torch.inference_mode(False):
         module = built(one, place, site.start, site.options)
-        like = next((p for p in (*inner.parameters(), *model.parameters()) if p.is_floating_point()), torch.empty(0))
-        module.to(like.device, like.dtype).train(inner.training)
+        tensor = like(inner, model)
+        dtype: torch.dtype = getattr(torch, place.dtype) if place.dtype else tensor.dtype
+        module.to(tensor.device, dtype).train(inner.training)
     kept: dict[str, Any] = {"site": site, "channels_last": site.channels_last}
     if place.side == "vector":
         source = _layer(model, place.source)
@@ -194,24 +197,34 @@ def _plain(layer: nn.Module, name: str, replace: bool) -> nn.Module:
         return layer
     if not replace:
         raise AttachError(f"{name!r} has attention already; detach the model first, or give replace=True. {UNCHANGED}")
-    return layer.inner
+    return layer_of(layer)
 
 
 def exchange(model: nn.Module, pairs: list[Pair]) -> None:
     """Put the second module of each pair wherever the first one is; all of them or none."""
     new = dict(pairs)
-    # by identity: a layer may be reachable under several names
-    places = [
-        (parent, key, child) for parent in model.modules() for key, child in parent._modules.items() if child in new
-    ]
-    done = []
+    done: list[tuple[Any, Any, Any]] = []
     try:
-        for place in places:
-            parent, key, old = place
-            done.append(place)
-            parent._modules[key] = new[old]
+        for holder, key, old in [place for parent in model.modules() for place in _held(parent, new)]:
+            done.append((holder, key, old))
+            holder[key] = tuple(new.get(one, one) for one in old) if isinstance(old, tuple) else new[old]
     except BaseException:
-        for parent, key, old in reversed(done):
+        for holder, key, old in reversed(done):
             # past whatever refused: the way back must not fail
-            dict.__setitem__(parent._modules, key, old)
+            (dict if isinstance(holder, dict) else list).__setitem__(holder, key, old)
         raise
+
+
+def _held(parent: nn.Module, modules: Container[Any]) -> Iterator[tuple[Any, Any, Any]]:
+    """Where a module holds one of others, by identity: as a child, or in a list, tuple or dictionary of its own."""
+    for name, value in vars(parent).items():
+        if isinstance(value, dict):
+            yield from ((value, key, one) for key, one in value.items() if _is_one(one, modules))
+        elif isinstance(value, list):
+            yield from ((value, index, one) for index, one in enumerate(value) if _is_one(one, modules))
+        elif isinstance(value, tuple) and any(_is_one(one, modules) for one in value):
+            yield vars(parent), name, value
+
+
+def _is_one(thing: Any, modules: Container[Any]) -> bool:
+    return isinstance(thing, nn.Module) and thing in modules

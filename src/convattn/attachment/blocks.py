@@ -4,12 +4,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
+from math import prod
 
 from torch import nn
 
 from convattn.attachment.maps import CONVOLUTION, Maps
 from convattn.attachment.sums import WEIGHTED, Sum
-from convattn.attachment.wrapper import Attached
+from convattn.attachment.wrapper import layer_of
 from convattn.networks.watching import Call, Value
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -51,7 +52,7 @@ def find(maps: Maps, sums: list[Value]) -> list[Block]:
     A block is of a class with several calls, one after the other, in a container or beside each other, and has at least
     two layers of weights. Where the network has residual sums, they are in blocks. Of classes within one another the
     inner one counts. Where there is none, depthwise convolutions count as layers too, and at last each convolution with
-    the norm and the activation behind it is a block.
+    the norm and the activation behind it is a block; so it is in the part before the blocks where that goes deeper.
     """
     candidates = _candidates(maps)
     for layers in ("wide_layers", "layers"):
@@ -66,8 +67,18 @@ def find(maps: Maps, sums: list[Value]) -> list[Block]:
         for tier in tiers:
             if tier:
                 found = {one.end.index: one.block for one in _innermost(tier)}
-                return [found[index] for index in sorted(found)]
+                return _with_plain_part(maps, [found[index] for index in sorted(found)])
     return _units(maps)
+
+
+def _with_plain_part(maps: Maps, blocks: list[Block]) -> list[Block]:
+    """The blocks, and the convolutions before them where these make smaller maps than any block gives.
+
+    So it is with an encoder of plain convolutions before a decoder of blocks.
+    """
+    before = [unit for unit in _units(maps) if unit.end.index < blocks[0].first]
+    smallest = min((prod(maps.size(block.end)) for block in blocks), default=0)
+    return [*before, *blocks] if any(prod(maps.size(unit.end)) < smallest for unit in before) else blocks
 
 
 def stage_ends(maps: Maps, sums: list[Sum], blocks: list[Block]) -> list[Value]:
@@ -131,14 +142,14 @@ def _candidates(maps: Maps) -> list[_Candidate]:
     called = {call.name: call.module for call in maps.seen.calls}
     found = []
     for call in maps.calls:
-        layer = _layer(call.module)
+        layer = layer_of(call.module)
         count = layers[call.last] - layers[call.first]
         given = [values[index] for index in call.outputs if maps.is_map(values[index])]
         if given and count and type(layer) not in CONTAINERS and any(True for _ in layer.children()):
             end = max(given, key=lambda value: value.ancestors.bit_count())
             parent = call.name.rpartition(".")[0]
             # lists and dictionaries of modules are never called, and so are found by having been left out
-            contained = parent != "" and (parent not in called or isinstance(_layer(called[parent]), CONTAINERS))
+            contained = parent != "" and (parent not in called or isinstance(layer_of(called[parent]), CONTAINERS))
             wide_count = wide[call.last] - wide[call.first]
             found.append(_Candidate(call, type(layer), parent, contained, end, count, wide_count))
     return found
@@ -165,14 +176,10 @@ def _follow_each_other(group: list[_Candidate]) -> bool:
     return sum(b.end.depends_on(a.end) for a, b in beside) * 2 > len(beside)
 
 
-def _layer(module: nn.Module) -> nn.Module:
-    return module.inner if isinstance(module, Attached) else module
-
-
 def _is_weighted_map(maps: Maps, value: Value) -> bool:
     if not _weighs(maps, value):
         return False
-    if len(value.shape) == maps.rank:
+    if len(value.shape) in maps.ranks:
         return any(side > 1 for side in maps.size(value))
     # positions are rows of a matrix
     return len(value.shape) == 2 and value.shape[0] > maps.batch
@@ -202,7 +209,7 @@ def _units(maps: Maps) -> list[Block]:
     found = []
     last = max((value.index for value in maps.seen.values if _weighs(maps, value)), default=-1)
     for call in maps.calls:
-        if call.y is None or not isinstance(_layer(call.module), nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if call.y is None or not isinstance(layer_of(call.module), nn.Conv1d | nn.Conv2d | nn.Conv3d):
             continue
         start = end = maps.seen.values[call.y]
         while (following := _following(maps, end)) is not None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from convattn import checks
 from convattn.attachment.attaching import attached, remove
-from convattn.attachment.wrapper import Attached, AttachedBefore
+from convattn.attachment.wrapper import Attached, AttachedBefore, layer_of
 from convattn.errors import DataError, InvalidOption
 from convattn.nn.base import Gate
 
@@ -207,7 +207,11 @@ def _probed(sites: dict[str, Attached]) -> dict[str, _Seen]:
         if isinstance(wrapper.attention, Gate):
             gate = copy.deepcopy(wrapper.attention).cpu().double().eval()
             generator = torch.Generator().manual_seed(0)
-            shape = (PROBES, wrapper.site.channels, *(min(side, PROBE_SIDE) for side in wrapper.site.size))
+            shape = (
+                PROBES,
+                wrapper.convattn_site.channels,
+                *(min(side, PROBE_SIDE) for side in wrapper.convattn_site.size),
+            )
             collector = _Collector()
             with torch.no_grad():
                 for scale in SCALES:
@@ -243,12 +247,12 @@ def _judged(model: nn.Module, name: str, wrapper: Attached, gate: _Seen | None, 
     if gate is None:
         silent = _is_silent(wrapper.attention)
         reason = "" if silent else "it is no gate" if not isinstance(wrapper.attention, Gate) else "it was never called"
-        return Fold(name, wrapper.site.attention, 0.0 if silent else inf, reason=reason)
+        return Fold(name, wrapper.convattn_site.attention, 0.0 if silent else inf, reason=reason)
     # so that what is no number is not within the limit either
     reason = "" if gate.deviation <= limit else "it depends on the input"
     if not reason and not _is_one(gate.mean):
         reason = _obstacle(model, wrapper)
-    return Fold(name, wrapper.site.attention, gate.deviation, reason=reason)
+    return Fold(name, wrapper.convattn_site.attention, gate.deviation, reason=reason)
 
 
 def _is_silent(attention: nn.Module) -> bool:
@@ -271,7 +275,7 @@ def _with_change(
     if gate is None or _is_one(gate.mean):
         return _changed(found, change_points=None if before.labels is None else 0.0, agreement=1.0)
     attention = wrapper.attention
-    wrapper._modules["attention"] = _Constant(gate.mean, wrapper.site.dimensions)
+    wrapper._modules["attention"] = _Constant(gate.mean, wrapper.convattn_site.dimensions)
     try:
         now = _predictions(model, batches)
     finally:
@@ -294,7 +298,7 @@ class _Constant(nn.Module):
 
 def _chain(wrapper: Attached) -> list[nn.Module]:
     """The wrapped layer, and of a sequence the one next to the gate, whose weights the gate is merged into."""
-    layer = wrapper.inner
+    layer = layer_of(wrapper)
     chain = [layer]
     while type(layer) is nn.Sequential and len(layer):
         layer = layer[0 if isinstance(wrapper, AttachedBefore) else len(layer) - 1]

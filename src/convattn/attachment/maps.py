@@ -3,11 +3,12 @@
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 from torch import nn
 
-from convattn.attachment.wrapper import ATTENTION, INNER, Attached
+from convattn.attachment.wrapper import ATTENTION, INNER, Attached, layer_of
 from convattn.errors import AttachError
 from convattn.networks.cut import example_for
 from convattn.networks.watching import INPUT, Call, Value, Watched, watch
@@ -15,9 +16,8 @@ from convattn.networks.watching import INPUT, Call, Value, Watched, watch
 # images of networks that do not say what they take, the cheapest first
 SIDES = (64, 224, 299)
 CONVOLUTION = "convolution"
-# operators whose result has its channels in the second dimension, and those that have them in the last
+# operators whose result has its channels in the second dimension
 CHANNELS_FIRST = (CONVOLUTION, "batch_norm", "native_batch_norm", "_native_batch_norm", "native_group_norm", "upsample")
-CHANNELS_LAST = ("native_layer_norm", "addmm", "mm", "linear", "bmm", "_unsafe_view")
 
 
 class Maps:
@@ -37,13 +37,19 @@ class Maps:
             self._by_module[id(call.module)].append(call)
             if call.y is not None:
                 self.by_output[call.y].append(call)
-        shapes = [value.shape for value in self.seen.values if value.operator == CONVOLUTION]
-        shapes = shapes or [value.shape for value in self.seen.values if value.operator == INPUT and value.shape]
-        # of several kinds of convolution the one over most dimensions: others are of vectors and sequences
-        self.rank = max(map(len, shapes), default=4)
+        # a convolution over one channel, as of a pooled vector, makes no maps
+        convolved = [
+            value for value in self.seen.values if value.operator == CONVOLUTION and self._takes_channels(value)
+        ]
+        given = [value for value in self.seen.values if value.operator == INPUT and value.shape]
+        self.ranks = {len(value.shape) for value in convolved or given} or {4}
         # the images of a batch may be given one by one
-        self.batch = shapes[0][0] if shapes else 1
-        self._axes: dict[int, int] = {}
+        self.batch = next((value.shape[0] for value in convolved or given), 1)
+        self._axes: dict[int, int | None] = {}
+
+    def _takes_channels(self, value: Value) -> bool:
+        x = self.seen.values[value.inputs[0]]
+        return x.shape[1] > 1 or x.operator == INPUT
 
     def calls_of(self, module: nn.Module) -> list[Call]:
         """All calls of a module."""
@@ -51,7 +57,7 @@ class Maps:
 
     def is_container(self, call: Call) -> bool:
         """Whether what was called only calls others, one after the other."""
-        return isinstance(_layer(call), nn.Sequential)
+        return isinstance(layer_of(call.module), nn.Sequential)
 
     def users(self, value: Value) -> list[Value]:
         """What was computed from a value directly, in order."""
@@ -59,7 +65,7 @@ class Maps:
 
     def is_map(self, value: Value) -> bool:
         """Whether a value is a feature map that depends on the input."""
-        return len(value.shape) == self.rank and 0 not in value.shape and self.seen.is_data(value)
+        return len(value.shape) in self.ranks and 0 not in value.shape and self.seen.is_data(value)
 
     def kind(self, value: Value) -> tuple[int, int]:
         """Where a map's channels are and how many: what two maps must share for one gate to stand on both."""
@@ -72,27 +78,54 @@ class Maps:
         return tuple(length for dimension, length in enumerate(value.shape) if dimension not in (0, axis))
 
     def axis(self, value: Value) -> int:
-        """The dimension of a value that counts its channels, from the operators that it was computed by."""
+        """The dimension of a value that counts its channels; the second one where its operators do not tell."""
+        known = self._known_axis(value)
+        return 1 if known is None else known
+
+    def _known_axis(self, value: Value) -> int | None:
         if value.index not in self._axes:
             self._axes[value.index] = self._channel_axis(value)
         return self._axes[value.index]
 
-    def _channel_axis(self, value: Value) -> int:
+    def _channel_axis(self, value: Value) -> int | None:
         last = len(value.shape) - 1
         if value.operator.startswith(CHANNELS_FIRST):
             return 1
-        if value.operator.startswith(CHANNELS_LAST):
-            return last
         data = [self.seen.values[one] for one in value.inputs if self.seen.is_data(self.seen.values[one])]
-        if value.operator in ("permute", "transpose") and data:
-            return _moved(self.axis(data[0]), value, last)
+        if not data:
+            return None
+        if value.operator.startswith("native_layer_norm"):
+            # over several dimensions, as over a whole map, it says nothing of the channels
+            return self._known_axis(data[0]) if self._normalised(value) > 1 else last
+        if value.operator in ("bmm", "baddbmm"):
+            return self._product_axis(value, last)
+        before = self._known_axis(data[0])
+        if value.operator in ("addmm", "mm", "linear"):
+            # over another dimension than the channels, such as the width, it leaves them where they are
+            return last if before in (None, len(data[0].shape) - 1) else before
+        if value.operator in ("permute", "transpose"):
+            return None if before is None else _moved(before, value, last)
         alike = [one for one in data if len(one.shape) == len(value.shape)]
         if alike:
-            return self.axis(alike[0])
-        # reshaped: the last dimension stays the last
-        if data and data[0].shape and self.axis(data[0]) == len(data[0].shape) - 1:
-            return last
-        return 1
+            return self._known_axis(alike[0])
+        return None if before is None else _reshaped(before, data[0].shape, value.shape)
+
+    def _normalised(self, value: Value) -> int:
+        """Over how many dimensions a layer norm goes."""
+        if value.arguments:
+            return len(value.arguments[0])
+        return len(self.seen.values[value.inputs[1]].shape)
+
+    def _product_axis(self, value: Value, last: int) -> int | None:
+        """Where the channels of a product of matrices are: its rows are those of the left, its columns of the right."""
+        left, right = (self.seen.values[one] for one in value.inputs[-2:])
+        rows, columns = self._known_axis(left), self._known_axis(right)
+        if self.seen.is_data(left) and rows == last - 1:
+            return last - 1
+        if self.seen.is_data(right):
+            weighted = not self.seen.is_data(left) and columns == last - 1
+            return last - 1 if weighted else last if columns == last else None
+        return last
 
 
 def _watched(model: nn.Module) -> Watched:
@@ -115,7 +148,9 @@ def _without_attention(seen: Watched) -> Watched:
     same: dict[int, int] = {}
     hidden: set[int] = set()
     for call in wrappers:
-        inner = next(one for one in seen.calls if one.module is _layer(call) and call.first <= one.first <= call.last)
+        inner = next(
+            one for one in seen.calls if one.module is layer_of(call.module) and call.first <= one.first <= call.last
+        )
         hidden |= {*range(call.first, inner.first), *range(inner.last, call.last)}
         pairs = ((inner.x, call.x), (call.y, inner.y))
         same |= {one: other for one, other in pairs if one is not None and other is not None and one != other}
@@ -142,10 +177,6 @@ def _without_attention(seen: Watched) -> Watched:
     return found
 
 
-def _layer(call: Call) -> nn.Module:
-    return call.module.inner if isinstance(call.module, Attached) else call.module
-
-
 def _is_within(name: str, roots: set[str]) -> bool:
     while name:
         # a layer keeps the names of its parts: only what is the wrapper's own stands below a root
@@ -153,6 +184,13 @@ def _is_within(name: str, roots: set[str]) -> bool:
             return True
         name = name.rpartition(".")[0]
     return False
+
+
+def _reshaped(axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> int:
+    """Where a change of shape takes an axis: the last stays the last, and the rows of a matrix hold all others."""
+    if axis == len(before) - 1 or prod(after[:-1]) <= prod(before[:axis]):
+        return len(after) - 1
+    return 0 if len(after) == 2 else 1
 
 
 def _moved(axis: int, value: Value, last: int) -> int:

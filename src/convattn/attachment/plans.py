@@ -12,7 +12,7 @@ from torch import nn
 
 from convattn import checks, cost
 from convattn.attachment.sites import PLACES, Place, Skipped, Survey
-from convattn.attachment.wrapper import Blended, BlendedHead
+from convattn.attachment.wrapper import Blended, BlendedHead, layer_of
 from convattn.errors import AttachError, InvalidOption
 from convattn.nn.base import STARTS
 from convattn.registry import Entry, entry, names
@@ -282,8 +282,7 @@ def _unmatched(places: list[Place], where: Where) -> list[str]:
 
 
 def _layer(model: nn.Module, name: str) -> nn.Module:
-    layer = model.get_submodule(name)
-    return getattr(layer, "inner", layer)
+    return layer_of(model.get_submodule(name))
 
 
 def _nothing(model: nn.Module, survey: Survey, at: str, where: Where, stages: Sequence[int] | int | None) -> str:

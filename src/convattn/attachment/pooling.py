@@ -6,6 +6,7 @@ from typing import Any
 
 from convattn.attachment.maps import Maps
 from convattn.attachment.sums import ACTIVATIONS, WEIGHTED
+from convattn.attachment.wrapper import Functions
 from convattn.networks.watching import Call, Value
 
 MEANS = ("mean", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "avg_pool2d", "avg_pool3d", "avg_pool1d")
@@ -51,7 +52,7 @@ class Pool:
     width: int = 0
     pool: str = "mean"
     sources: tuple[Call, ...] = ()
-    functions: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    functions: Functions = ()
     reason: str = ""
 
 
@@ -156,14 +157,14 @@ def _giving(maps: Maps, value: Value) -> tuple[Call, ...]:
     return tuple(calls)
 
 
-def _activated(maps: Maps, given: Value) -> tuple[Value, tuple[tuple[str, tuple[Any, ...]], ...]]:
+def _activated(maps: Maps, given: Value) -> tuple[Value, Functions]:
     """A map after the activations that are applied to all of it, and those that give a new map."""
     source = given
-    functions: list[tuple[str, tuple[Any, ...]]] = []
+    functions: list[Any] = []
     while len(users := maps.users(source)) == 1 and users[0].operator.rstrip("_") in ACTIVATIONS:
         # one that changes the layer's own map has been applied to what the layer leaves
         if functions or not users[0].operator.endswith("_"):
-            functions.append((users[0].operator.rstrip("_"), users[0].arguments))
+            functions.append((users[0].operator.rstrip("_"), users[0].arguments, users[0].options))
         source = users[0]
     return source, tuple(functions)
 

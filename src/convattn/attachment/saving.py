@@ -223,15 +223,17 @@ def _described(model: nn.Module, name: str, wrapper: Attached) -> dict[str, Any]
     """A site, under the names that its layers have here: what is saved may be a part of what was attached to."""
     sources = [other for other, _ in partners(model, [wrapper])]
     source = next((other for other, one in model.named_modules() if one in sources), "")
-    found = dataclasses.replace(wrapper.site.found, name=name, source=source)
-    return dataclasses.asdict(dataclasses.replace(wrapper.site, name=name, found=found))
+    found = dataclasses.replace(wrapper.convattn_site.found, name=name, source=source)
+    return dataclasses.asdict(dataclasses.replace(wrapper.convattn_site, name=name, found=found))
 
 
 def _site(described: dict[str, Any]) -> Site:
     try:
         found = dict(described["found"])
         found["size"] = tuple(found["size"])
-        found["functions"] = tuple((name, tuple(arguments)) for name, arguments in found["functions"])
+        found["functions"] = tuple(
+            (name, tuple(arguments), tuple(map(tuple, options))) for name, arguments, options in found["functions"]
+        )
         return Site(**{**described, "size": tuple(described["size"]), "found": Place(**found)})
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(

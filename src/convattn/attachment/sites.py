@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 
 from convattn.attachment import blocks, pooling
 from convattn.attachment.blocks import Block
 from convattn.attachment.maps import Maps
 from convattn.attachment.sums import ACTIVATIONS, Sum, sums
-from convattn.attachment.wrapper import ATTENTION, Attached
+from convattn.attachment.wrapper import ATTENTION, Attached, Functions, layer_of, like
 from convattn.networks.watching import Call, Value
 
 PLACES = ("residual", "residual-pre", "residual-post", "shortcut", "block", "stage", "final", "layer", "pool")
@@ -24,7 +25,8 @@ class Place:
     `side` tells where: `after` or `before` the layer; for a head `pool`, beside the layer that pools, `map`, on the map
     that a function pools, or `vector`, on the vector that a function pooled, the map being that of the layer `source`
     after `functions`. `size` are the map's spatial dimensions on the example, `width` is that of the pooled vector,
-    `alone` says that the layer takes one tensor and nothing else.
+    `alone` says that the layer takes one tensor and nothing else, `dtype` names that of the map where it is not that
+    of the layer.
     """
 
     name: str
@@ -34,11 +36,12 @@ class Place:
     channels_last: bool
     side: str = "after"
     alone: bool = True
+    dtype: str = ""
     stage: int | None = None
     width: int = 0
     pool: str = "mean"
     source: str = ""
-    functions: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    functions: Functions = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Survey:
 
     def __init__(self, model: nn.Module, example: Any) -> None:
         self.model = model
+        self.device = next((one.device for one in model.parameters()), torch.device("cpu"))
         self.maps = Maps(model, example)
 
     def find(self, at: str, taken: Collection[str] = ()) -> tuple[list[Place], list[Skipped]]:
@@ -162,6 +166,9 @@ class Survey:
         seen, shortcut = self.maps.seen, one.shortcut
         if shortcut is None:
             return Skipped(one.value.within, one.reason)
+        if one.value.operator.endswith("_") and seen.values[one.value.inputs[0]] is shortcut:
+            # attention keeps its input for the gradient
+            return Skipped(one.value.within, "the sum is written over the block's input")
         common = branch.ancestors & shortcut.ancestors
         path = [seen.values[index] for index in _bits(branch.ancestors & ~common)]
         entries = [
@@ -313,7 +320,16 @@ class Survey:
         axis, last = self.maps.axis(value), len(value.shape) - 1
         size = tuple(length for dimension, length in enumerate(value.shape) if dimension not in (0, axis))
         alone = all(each.alone for each in self.maps.calls_of(call.module))
-        return Place(call.name, "", value.shape[axis], size, axis == last, side, alone, self._stage_of(value))
+        stage, dtype = self._stage_of(value), self._dtype_of(call, value)
+        return Place(call.name, "", value.shape[axis], size, axis == last, side, alone, dtype, stage)
+
+    def _dtype_of(self, call: Call, value: Value) -> str:
+        """The dtype of a map where it is not that of the layer, unless it was chosen for this pass alone."""
+        device = self.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            return ""
+        same = value.dtype == like(layer_of(call.module), self.model).dtype
+        return "" if same else str(value.dtype).removeprefix("torch.")
 
     def _stage_of(self, value: Value) -> int | None:
         after = [number for number, end in enumerate(self.stage_ends, 1) if value.index <= end.index]

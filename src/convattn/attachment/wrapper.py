@@ -5,6 +5,7 @@ network, with the attention's own under `<layer>.attention.`. A wrapper and no f
 converting passes drop hooks silently; a child module and no subclass of the layer, because they replace layers by type.
 """
 
+import threading
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -18,6 +19,9 @@ from convattn.errors import AttachError
 INNER = "convattn_inner"
 ATTENTION = "attention"
 
+# operators of PyTorch, each with the arguments behind its first one and with its options
+Functions = tuple[tuple[str, tuple[Any, ...], tuple[tuple[str, Any], ...]], ...]
+
 
 class Attached(nn.Module):
     """A layer with attention on its output.
@@ -27,10 +31,15 @@ class Attached(nn.Module):
         attention: what stands behind it; it takes and gives maps with their channels in the second dimension.
         site: what was planned for this place.
         channels_last: whether the layer's maps have their channels in the last dimension.
+
+    Attributes:
+        inner: the layer as it was.
+        site: what was planned for this place.
+
+    Of whatever the layer has itself, and be it of these two names, the wrapper's is the layer's; so inside of this
+    package they are `layer_of(wrapper)` and `convattn_site`.
     """
 
-    # a scripted wrapper has its layer as an attribute
-    __jit_unused_properties__ = ("inner", "site")
     __jit_ignored_attributes__ = ("convattn_site",)
 
     # distinctive as well: other names are read from the layer and set there
@@ -46,16 +55,6 @@ class Attached(nn.Module):
         self.attention = attention
         self.register_load_state_dict_post_hook(_name_plainly)  # type: ignore[no-untyped-call]
         self.training = inner.training
-
-    @property
-    def inner(self) -> nn.Module:
-        """The layer as it was."""
-        return self._modules[INNER]  # type: ignore[return-value]
-
-    @property
-    def site(self) -> Any:
-        """What was planned for this place."""
-        return self.convattn_site
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output, gated."""
@@ -91,13 +90,13 @@ class Attached(nn.Module):
             memo.add(self)
         yield prefix, self
         dot = prefix + "." if prefix else ""
-        for name, child in self.inner._modules.items():
+        for name, child in layer_of(self)._modules.items():
             if child is not None:
                 yield from child.named_modules(memo, dot + name, remove_duplicate)
         # last and once: its tensors have been listed as the wrapper's and its children's
-        if remove_duplicate and self.inner not in memo:
-            memo.add(self.inner)
-            yield dot + INNER, self.inner
+        if remove_duplicate and layer_of(self) not in memo:
+            memo.add(layer_of(self))
+            yield dot + INNER, layer_of(self)
         yield from self.attention.named_modules(memo, dot + ATTENTION, remove_duplicate)
 
     def state_dict(self, *args: Any, prefix: str = "", **options: Any) -> Any:
@@ -151,10 +150,38 @@ class Attached(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            modules = self.__dict__.get("_modules", {})
-            if INNER not in modules:
+            inner = self.__dict__.get("_modules", {}).get(INNER)
+            if inner is None:
                 raise
-            return getattr(modules[INNER], name)
+            own = {"inner": inner, "site": self.__dict__.get("convattn_site")}
+            return getattr(inner, name, own[name]) if name in own else getattr(inner, name)
+
+    # a container is indexed, counted and gone through as before
+    def __len__(self) -> int:
+        return len(layer_of(self))  # type: ignore[arg-type]
+
+    def __bool__(self) -> bool:
+        return not hasattr(type(layer_of(self)), "__len__") or bool(layer_of(self))
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(layer_of(self))  # type: ignore[call-overload,no-any-return]
+
+    def __getitem__(self, key: Any) -> Any:
+        return layer_of(self)[key]  # type: ignore[index]
+
+    def __contains__(self, key: Any) -> bool:
+        return key in layer_of(self)  # type: ignore[operator]
+
+
+def layer_of(module: nn.Module) -> nn.Module:
+    """The layer inside a wrapper; any other module as it is."""
+    return module._modules[INNER] if isinstance(module, Attached) else module  # type: ignore[return-value]
+
+
+def like(layer: nn.Module, model: nn.Module) -> torch.Tensor:
+    """A tensor of the device and the dtype that a layer has, or else its network."""
+    parameters = (*layer.parameters(), *model.parameters())
+    return next((one for one in parameters if one.is_floating_point()), torch.empty(0))
 
 
 class AttachedMany(Attached):
@@ -204,22 +231,33 @@ class AttachedMap(Attached):
         return shifted.movedim(1, -1) if self.convattn_last else shifted
 
 
-class Passage:
-    """Where a layer leaves a map for attention that stands further on, for the time of one forward pass."""
+class Passage(threading.local):
+    """Where a layer leaves a map for attention that stands further on, for the time of one forward pass of a thread."""
 
-    def __init__(self) -> None:
-        self.x: torch.Tensor | None = None
+    x: torch.Tensor | None = None
+    # kept for a part of the network that is computed again for the gradient
+    last: torch.Tensor | None = None
 
     def take(self) -> torch.Tensor:
-        """The map, once: nothing is kept until the next pass.
+        """The map, once: nothing is left until the next pass, but for what a backward pass computes again.
 
         Raises:
             AttachError: nothing was left.
         """
         x, self.x = self.x, None
-        if x is None:
-            raise AttachError("A layer with attention was called without the one before it that leaves its map.")
-        return x
+        if x is not None:
+            self.last = x if torch.is_grad_enabled() else None
+            return x
+        if self.last is None or torch._C._current_graph_task_id() == -1:
+            raise AttachError(
+                "A layer with attention was called without the one before it that leaves its map. In a checkpoint of "
+                "one of them alone, use_reentrant=False is needed."
+            )
+        return self.last
+
+    def __reduce__(self) -> Any:
+        # copies begin with nothing
+        return Passage, ()
 
 
 class AttachedSource(Attached):
@@ -266,7 +304,7 @@ class AttachedVector(Attached):
     """A layer that takes a vector pooled by a function, with a head on the map that was pooled.
 
     The map is that of an `AttachedSource`, after the functions that the network applies to it before it pools: each
-    is named as an operator of PyTorch, with its further arguments.
+    is named as an operator of PyTorch, with its further arguments and options.
     """
 
     def __init__(
@@ -274,7 +312,7 @@ class AttachedVector(Attached):
         inner: nn.Module,
         attention: nn.Module,
         passage: Passage,
-        functions: tuple[tuple[str, tuple[Any, ...]], ...],
+        functions: Functions,
         **options: Any,
     ) -> None:
         super().__init__(inner, attention, **options)
@@ -284,8 +322,8 @@ class AttachedVector(Attached):
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
         """The layer's output for the vector, blended with the head's."""
         x = self.convattn_passage.take()
-        for name, arguments in self.convattn_functions:
-            x = getattr(torch.ops.aten, name)(x, *arguments)
+        for name, arguments, options in self.convattn_functions:
+            x = getattr(torch.ops.aten, name)(x, *arguments, **dict(options))
         return self.convattn_inner(self.attention(self.convattn_map(x), pooled))  # type: ignore[no-any-return]
 
 

@@ -6,6 +6,7 @@ operator of PyTorch that runs gives a value; a tensor that was changed in place 
 
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -24,7 +25,8 @@ class Value:
     """One tensor at one time: the operator that gave it, what that was given, and all values that it depends on.
 
     `ancestors` has a bit set for every value that this one depends on, itself included; `within` is the name of the
-    innermost module that was running; `arguments` are those behind the first one, where no tensor is among them.
+    innermost module that was running; `arguments` and `options` are those of the operator behind the first argument,
+    where no tensor is among them.
     """
 
     index: int
@@ -33,7 +35,9 @@ class Value:
     ancestors: int
     shape: tuple[int, ...]
     within: str
+    dtype: torch.dtype
     arguments: tuple[Any, ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
 
     def depends_on(self, other: "Value") -> bool:
         """Whether this value was computed from another one."""
@@ -90,15 +94,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # there is no compiler to hide from, and hiding would import all of it: seconds, and packages of its own
         return False
 
-    def add(self, tensor: torch.Tensor, operator: str, inputs: tuple[int, ...], arguments: tuple[Any, ...] = ()) -> int:
+    def add(self, tensor: torch.Tensor, operator: str, inputs: tuple[int, ...], *call: tuple[Any, ...]) -> int:
         index = len(self.seen.values)
         ancestors = 1 << index
         for one in inputs:
             ancestors |= self.seen.values[one].ancestors
             self.seen.users.setdefault(one, []).append(index)
         within = self.running[-1] if self.running else ""
-        self.seen.values.append(Value(index, operator, inputs, ancestors, tuple(tensor.shape), within, arguments))
-        self.at[id(tensor)] = index, tensor._version
+        about = (tuple(tensor.shape), within, tensor.dtype)
+        self.seen.values.append(Value(index, operator, inputs, ancestors, *about, *call))
+        self.at[id(tensor)] = index, _version(tensor)
         self.alive.append(tensor)
         return index
 
@@ -107,25 +112,33 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self.add(tensor, OUTSIDE, ())
         index, version = self.at[id(tensor)]
         # changed through a view of it
-        return index if version == tensor._version else self.add(tensor, CHANGED, (index,))
+        return index if version == _version(tensor) else self.add(tensor, CHANGED, (index,))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = _tensors((args, kwargs or {}))
-        inputs = tuple(self.value(tensor) for tensor in given)
-        result = func(*args, **(kwargs or {}))
+        options = dict(kwargs or {})
+        # where a result is to be written says nothing of what it is computed from
+        given = _tensors((args, {name: value for name, value in options.items() if name != "out"}))
         name = func.overloadpacket.__name__
-        arguments = tuple(args[1:]) if len(given) == 1 else ()
+        # nor does the tensor that only lends its shape
+        inputs = () if name.endswith("_like") or name.startswith("new_") else tuple(map(self.value, given))
+        result = func(*args, **options)
+        call = (tuple(args[1:]), tuple(options.items())) if len(given) == 1 else ()
         # of several results those that are empty in eval mode, such as saved statistics, are none
         results = [result] if isinstance(result, torch.Tensor) else [one for one in _tensors(result) if one.numel()]
         # what a norm saves for its gradient is empty on some devices only; nothing uses it here
         for tensor in results[:1] if "norm" in name else results:
-            index = self.add(tensor, name, inputs, arguments)
-            if any(tensor is one for one in given):
+            index = self.add(tensor, name, inputs, *call)
+            if any(tensor is one for one in (*given, options.get("out"))):
                 # changed in place: counted once this returns
-                self.at[id(tensor)] = index, tensor._version + 1
+                self.at[id(tensor)] = index, _version(tensor) + 1
         return result
+
+
+def _version(tensor: torch.Tensor) -> int:
+    # tensors made for inference count no changes
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def watch(model: nn.Module, example: Any) -> Watched:
@@ -136,35 +149,42 @@ def watch(model: nn.Module, example: Any) -> Watched:
     Raises:
         AttachError: the network does not run on the example. The model was not changed.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise AttachError(
+            f"{type(model).__name__} is a scripted network, which runs without modules: attach first, script then. "
+            f"The model was not changed."
+        )
     recorder = _Recorder()
     # where the network is, the example goes; a copy, since a network may change its input
     device = next((one.device for one in model.parameters()), None)
     example = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device or tensor.device, copy=True), example)
-    # some networks count or learn statistics in eval mode as well
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
     args = example if isinstance(example, tuple) else () if isinstance(example, dict) else (example,)
     kwargs = example if isinstance(example, dict) else {}
     for tensor in _tensors((args, kwargs)):
         recorder.seen.inputs |= 1 << recorder.add(tensor, INPUT, ())
-    modes = {module: module.training for module in model.modules()}
-    handles: list[Any] = []
     try:
-        for name, module in model.named_modules():
-            for handle in _hooks(name, module, recorder):
-                handles.append(handle)
-        with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(), recorder:
+        with _as_before(model), warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng():
             # what the network warns of it will say again when it is used
             warnings.simplefilter("ignore")
-            model.eval()(*args, **kwargs)
+            with _hooked(model, recorder), recorder:
+                model.eval()(*args, **kwargs)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise AttachError(
             f"{type(model).__name__} does not run on the example ({type(error).__name__}: {reason}); give another with "
             f"example=... The model was not changed."
         ) from error
+    return recorder.seen
+
+
+@contextmanager
+def _as_before(model: nn.Module) -> Iterator[None]:
+    """Put back modes and buffers: some networks count or learn statistics in eval mode as well."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    try:
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
         for module, mode in modes.items():
             module.training = mode
         with torch.no_grad():
@@ -172,7 +192,17 @@ def watch(model: nn.Module, example: Any) -> Watched:
                 # one that shares its own memory cannot be written to, and was not
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
-    return recorder.seen
+
+
+@contextmanager
+def _hooked(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+    """Have every call of a module recorded; what is scripted runs without modules and is seen by its operators."""
+    with ExitStack() as handles:
+        for name, module in model.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                for handle in _hooks(name, module, recorder):
+                    handles.callback(handle.remove)
+        yield
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

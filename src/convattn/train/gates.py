@@ -32,7 +32,7 @@ def departures(network: nn.Module, x: torch.Tensor) -> list[dict[str, Any]]:
     return [
         {
             "site": name,
-            "place": wrapper.site.place,
+            "place": wrapper.convattn_site.place,
             "departure": seen[name],
             "strength": _strength(wrapper),
         }
