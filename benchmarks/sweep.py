@@ -1,5 +1,7 @@
 """Attach to every kind of convolutional network: the smallest of every timm file, and all that torchvision builds.
 
+For segmentation and detection, torchvision's and Unets of segmentation_models_pytorch, attention is in the encoder.
+
 python benchmarks/sweep.py [--only resnet] [--jobs 2] [--attention se] [--markdown FILE]
 
 For each network whose features are a map, and each place: the number of sites; whether the output of the fresh
@@ -20,6 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import segmentation_models_pytorch as smp
 import timm
 import torch
 import torchvision
@@ -32,6 +35,18 @@ from convattn.errors import AttachError
 Buffers = list[tuple[torch.Tensor, torch.Tensor]]
 
 PLACES = ("residual", "block", "stage", "final", "pool")
+# the part of networks for segmentation and detection that makes the features
+ENCODERS = {"smp": "encoder", "segmentation": "backbone", "detection": "backbone"}
+UNETS = (
+    "resnet18",
+    "vgg11_bn",
+    "densenet121",
+    "mobilenet_v2",
+    "efficientnet-b0",
+    "timm-regnetx_002",
+    "mit_b0",
+    "tu-convnext_atto",
+)
 SIDES = (64, 96, 128, 160, 224, 256, 299)
 
 
@@ -120,8 +135,12 @@ def _names(jobs: int) -> list[str]:
     """The smallest network of every timm file, and all of torchvision's classification."""
     files = timm.list_modules()
     smallest = [name for name in _parallel(_smallest, [(file,) for file in files], jobs) if name]
-    builders = torchvision.models.list_models(module=torchvision.models)
-    return sorted(f"timm:{name}" for name in smallest) + [f"torchvision:{name}" for name in builders]
+    names = sorted(f"timm:{name}" for name in smallest)
+    names += [f"torchvision:{name}" for name in torchvision.models.list_models(module=torchvision.models)]
+    for kind in ("segmentation", "detection"):
+        module = getattr(torchvision.models, kind)
+        names += [f"{kind}:{name}" for name in torchvision.models.list_models(module=module)]
+    return names + [f"smp:{encoder}" for encoder in UNETS]
 
 
 def _smallest(file: str) -> str | None:
@@ -140,25 +159,46 @@ def _swept(name: str, attention: str) -> list[Row]:
     source, _, bare = name.partition(":")
     torch.manual_seed(0)
     try:
-        model = timm.create_model(bare) if source == "timm" else _torchvision(bare)
+        model = _built(source, bare)
         _wake(model)
-        x = _example(model.eval())
-        if not _has_map(model, x):
+        # detectors take targets in training
+        modes = (False,) if source == "detection" else (False, True)
+        x = _example(model.eval(), modes)
+        if source == "timm" and not _has_map(model, x):
             return []
     except Exception as error:
         return [Row(name, "all", 0, 0, 0, 0.0, _reason(error))]
-    rows = []
+    rows: list[Row] = []
+    where = f"{ENCODERS[source]}*" if source in ENCODERS else None
     for place in PLACES:
-        if place == "block" and rows[0].sites:
+        # the last map and the pooling head of a network for segmentation or detection are not its encoder's
+        if (place == "block" and rows[0].sites) or (where and place in ("final", "pool")):
             continue
         begun = time.perf_counter()
-        sites, skipped, failure = _tried(model, place, "dual" if place == "pool" else attention, x)
+        sites, skipped, failure = _tried(model, place, "dual" if place == "pool" else attention, x, where, modes)
         rows.append(Row(name, place, x.shape[-1], sites, skipped, time.perf_counter() - begun, failure))
     return rows
 
 
-def _torchvision(name: str) -> nn.Module:
-    extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+def _built(source: str, name: str) -> nn.Module:
+    if source == "timm":
+        return timm.create_model(name)
+    if source == "smp":
+        return smp.Unet(name, encoder_weights=None)
+    extra: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    if source in ENCODERS:
+        extra["weights_backbone"] = None
+    if source == "detection":
+        # let random weights detect something, on small images: what finds nothing cannot change
+        if "rcnn" in name:
+            extra |= {"box_score_thresh": 0.0, "rpn_score_thresh": 0.0, "box_detections_per_img": 10}
+        else:
+            extra["score_thresh"] = 0.0
+        if name.startswith("ssd"):
+            # all that is found, so that every map has a part in it
+            extra |= {"topk_candidates": 10_000, "detections_per_img": 10_000, "nms_thresh": 1.0}
+        else:
+            extra |= {"min_size": 128, "max_size": 160}
     return torchvision.models.get_model(name, **extra)
 
 
@@ -173,14 +213,14 @@ def _wake(model: nn.Module) -> None:
                 nn.init.normal_(parameter, std=0.02)
 
 
-def _example(model: nn.Module) -> torch.Tensor:
+def _example(model: nn.Module, modes: tuple[bool, ...]) -> torch.Tensor:
     """Two images of the smallest size that the network takes."""
     error: Exception | None = None
     for side in SIDES:
         x = torch.randn(2, 3, side, side)
         try:
             # some networks have more branches in training
-            for training in (True, False):
+            for training in modes:
                 _run(model, x, training, _buffers(model))
             return x
         except Exception as caught:
@@ -198,16 +238,19 @@ def _has_map(model: nn.Module, x: torch.Tensor) -> bool:
     return not hasattr(model, "encoder")
 
 
-def _tried(model: nn.Module, place: str, attention: str, x: torch.Tensor) -> tuple[int, int, str]:
+def _tried(
+    model: nn.Module, place: str, attention: str, x: torch.Tensor, where: str | None, modes: tuple[bool, ...]
+) -> tuple[int, int, str]:
     """The sites, the sums and places left out, and the first failure."""
     state, keys = _buffers(model), list(model.state_dict())
     modules = dict(model.named_modules())
     try:
-        plan = convattn.plan(model, attention, at=place, example=x)
+        plan = convattn.plan(model, attention, at=place, example=x, where=where)
     except AttachError as error:
         return 0, 0, "" if place in ("residual", "block", "pool") else _reason(error)
     try:
-        failure = _checked(model, plan, x, state, keys)
+        before = {mode: _run(model, x, mode, state) for mode in modes}
+        failure = _checked(model, plan, x, state, keys, before)
     except Exception as error:
         failure = _reason(error)
     convattn.detach(model)
@@ -217,8 +260,14 @@ def _tried(model: nn.Module, place: str, attention: str, x: torch.Tensor) -> tup
     return len(plan), len(plan.skipped), failure
 
 
-def _checked(model: nn.Module, plan: convattn.Plan, x: torch.Tensor, state: Buffers, keys: list[str]) -> str:
-    before = {mode: _run(model, x, mode, state) for mode in (False, True)}
+def _checked(
+    model: nn.Module,
+    plan: convattn.Plan,
+    x: torch.Tensor,
+    state: Buffers,
+    keys: list[str],
+    before: dict[bool, torch.Tensor],
+) -> str:
     if not before[False].isfinite().all():
         return "the plain network gives no finite output"
     convattn.attach(model, plan)
@@ -261,8 +310,10 @@ def _run(model: nn.Module, x: torch.Tensor, training: bool, state: Buffers) -> t
 
 
 def _output(y: Any) -> torch.Tensor:
-    """The logits; some networks give more in training."""
-    return y if isinstance(y, torch.Tensor) else next(iter(y))
+    """The logits, or the first output of those that give several, or all numbers of a detection in a row."""
+    if isinstance(y, list):
+        return torch.cat([value.float().flatten() for one in y for value in one.values()])
+    return y if isinstance(y, torch.Tensor) else next(iter(y.values() if isinstance(y, dict) else y))
 
 
 def _reason(error: Exception) -> str:

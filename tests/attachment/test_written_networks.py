@@ -465,6 +465,19 @@ def input_in_dictionaries_and_lists() -> nn.Module:
     return Written(forward, f=branch())
 
 
+@case(["f.4"], {"images": [MAP[0], maps(C, 9, 11)]})
+def images_copied_into_a_batch() -> nn.Module:
+    """As detection networks take images of several sizes."""
+
+    def forward(m: Any, images: list[torch.Tensor]) -> torch.Tensor:
+        x = images[0].new_full((len(images), C, 12, 12), 0.0)
+        for slot, image in zip(x, images, strict=True):
+            slot[:, : image.shape[1], : image.shape[2]].copy_(image)
+        return x + m.f(x)
+
+    return Written(forward, f=branch())
+
+
 @case(["f"], (MAP, maps(2, C, 12, 12) * 2))
 def layer_of_several_tensors() -> nn.Module:
     def both(m: Any, a: torch.Tensor, b: torch.Tensor, *, scale: float) -> torch.Tensor:

@@ -85,6 +85,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.seen = Watched()
         # by address: the value, and the count of in-place changes when it was given
         self.at: dict[int, tuple[int, int]] = {}
+        # by memory: the values that were written to it in place
+        self.written: dict[int, list[int]] = {}
         self.running: list[str] = []
         # identity is by address: nothing that was seen may be freed before the end
         self.alive: list[torch.Tensor] = []
@@ -111,8 +113,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if id(tensor) not in self.at:
             return self.add(tensor, OUTSIDE, ())
         index, version = self.at[id(tensor)]
-        # changed through a view of it
-        return index if version == _version(tensor) else self.add(tensor, CHANGED, (index,))
+        if version == _version(tensor):
+            return index
+        # changed through a view of it, by what was written to the memory that they share
+        written = [one for one in self.written.get(tensor.untyped_storage()._cdata, []) if one > index]
+        return self.add(tensor, CHANGED, (index, *written))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -133,6 +138,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if any(tensor is one for one in (*given, options.get("out"))):
                 # changed in place: counted once this returns
                 self.at[id(tensor)] = index, _version(tensor) + 1
+                self.written.setdefault(tensor.untyped_storage()._cdata, []).append(index)
         return result
 
 
