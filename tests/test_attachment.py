@@ -621,6 +621,18 @@ def test_plan_has_its_options() -> None:
     assert not strengths(model) and model.layer3[0].bn2.attention.fc1.out_features == 16
 
 
+@pytest.mark.parametrize("second", ["cbam", "cbam+dual"])
+def test_plans_made_first_are_attached_one_after_the_other(second: str) -> None:
+    model = plain("small")
+    early, late = plan(model, "se", stages=(1, 2)), plan(model, second, stages=3)
+    attach(attach(model, early), late)
+    assert [site for site, _ in attached(model)] == [site.name for site in (*early, *late)]
+    # what was planned with attention on stands for the plain network, and what is occupied is refused
+    anew = plan(model, "se", stages=1)
+    refused(model, errors.AttachError, "has attention already", anew)
+    assert len(attached(attach(detach(model), anew))) == 1
+
+
 @pytest.mark.parametrize(
     "planned, network",
     [("torchvision:resnet50", "small"), ("small", "torchvision:resnet18"), ("timm:resnet18", "timm:resnet50")],

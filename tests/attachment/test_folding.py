@@ -912,6 +912,15 @@ def test_data_that_are_none(data: Any) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("output", [lambda y: {"logits": y}, lambda y: y.argmax(1)])
+def test_a_network_that_gives_no_scores(output: Callable[[torch.Tensor], Any]) -> None:
+    model = nearly_constant("se")
+    model.register_forward_hook(lambda _, __, y: output(y))
+    with pytest.raises(errors.DataError, match=r"scores of classes, a tensor \(B, classes\), and \w+ gives"):
+        fold(model, images())
+    assert len(attached(model)) == 3
+
+
 def test_an_empty_last_batch() -> None:
     model, x = nearly_constant("se"), images()
     expected = fold(copy.deepcopy(model), x, allow=())

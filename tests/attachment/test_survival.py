@@ -31,6 +31,8 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from convattn import attach, detach, plan
 from convattn.attachment import attached
+from convattn.attachment.wrapper import Passing
+from convattn.errors import AttachError
 from tolerances import assert_close, is_close
 
 # each network with the place where its gates stand: before the residual sums, or behind the blocks where there are none
@@ -421,6 +423,26 @@ def test_script(network: str, attention: str) -> None:
     with torch.no_grad():
         for batch in (x, images(3, 96)):
             assert_same(scripted(batch), model(batch))
+
+
+PASSAGES = {"head": ("torchvision:densenet121", "dual", None), "shortcut": ("torchvision:resnet18", "se", "shortcut")}
+
+
+@scripting
+@pytest.mark.parametrize("kind", PASSAGES)
+def test_what_takes_the_map_of_another_layer_is_exported_and_traced_but_not_scripted(kind: str) -> None:
+    network, attention, at = PASSAGES[kind]
+    model = with_attention(plain(network), attention, at=at, example=images())
+    assert any(isinstance(wrapper, Passing) for _, wrapper in attached(model))
+    x = images(3)
+    with torch.no_grad():
+        expected = model(x)
+        # tracing warns of nothing that the plain network does not warn of
+        assert_same(torch.jit.trace(model, images(3))(x), expected)
+        assert_same(torch.export.export(model, (x,)).module()(x), expected)
+        with pytest.raises(AttachError, match="takes the map of another layer"):
+            torch.jit.script(model)
+        assert torch.equal(model(x), expected)
 
 
 @each

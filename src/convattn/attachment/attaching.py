@@ -18,6 +18,7 @@ from convattn.attachment.wrapper import (
     AttachedSource,
     AttachedVector,
     Passage,
+    Passing,
     layer_of,
     like,
 )
@@ -25,8 +26,6 @@ from convattn.errors import AttachError, InvalidOption
 from convattn.registry import Entry
 
 Pair = tuple[nn.Module, nn.Module]
-# wrappers that leave a map for another one, or take it
-PASSING = (AttachedSource, AttachedShortcut, AttachedVector)
 
 
 def attach(
@@ -142,8 +141,8 @@ def _refuse_two_at_once(model: nn.Module, pairs: list[Pair]) -> None:
 
 def partners(model: nn.Module, replaced: list[nn.Module]) -> list[Pair]:
     """What stands at the other end of a passage goes with what is replaced."""
-    passages = {id(one.convattn_passage) for one in replaced if isinstance(one, PASSING)}
-    others = [one for one in model.modules() if isinstance(one, PASSING) and one not in replaced]
+    passages = {id(one.convattn_passage) for one in replaced if isinstance(one, Passing)}
+    others = [one for one in model.modules() if isinstance(one, Passing) and one not in replaced]
     return [(one, layer_of(one)) for one in others if id(one.convattn_passage) in passages]
 
 

@@ -1,6 +1,5 @@
 """Gates that do not depend on the input, merged into the weights beside them and removed."""
 
-import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import inf
@@ -9,17 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from convattn import checks
+from convattn import checks, tables
 from convattn.attachment.attaching import attached, remove
+from convattn.attachment.movement import Movement, over_images, over_probes
 from convattn.attachment.wrapper import Attached, AttachedBefore, layer_of
 from convattn.errors import DataError, InvalidOption
 from convattn.nn.base import Gate
 
-# a gate is constant if it is so for maps of all these magnitudes, each in several directions and their opposites
-SCALES = (0.0, 1e-2, 1.0, 1e2, 1e4, 1e6, 1e9, 1e12)
-PROBES = 8
-# positions of a probe in each dimension at most: whether a gate is constant does not depend on them
-PROBE_SIDE = 8
 # of a gate in float64
 CONSTANT = 1e-9
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -80,12 +75,7 @@ class Folds:
             same = "" if one.agreement is None else f"{100 * one.agreement:.1f} %"
             result = "folded" if one.folded else f"kept: {one.reason}"
             rows.append((one.name, one.attention, f"{one.deviation:.2g}", change, same, result))
-        widths = [max(len(row[column]) for row in rows) for column in range(6)]
-        align = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust)
-        lines = [
-            "  ".join(pad(cell, width) for pad, cell, width in zip(align, row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        lines = tables.aligned(rows, "<<>>><")
         if self.accuracy is not None:
             before, after = (100 * value for value in self.accuracy)
             lines.append(f"accuracy: {before:.2f} % before, {after:.2f} % after")
@@ -110,7 +100,7 @@ def fold(model: nn.Module, data: Any = None, tolerance: float = 0.01, *, allow: 
 
     Raises:
         InvalidOption: a tolerance out of its range, or a name in `allow` that is no site.
-        DataError: no images.
+        DataError: no images, or a network that gives no scores of classes for them.
 
     Example:
         >>> from convattn import attach, networks
@@ -126,7 +116,7 @@ def fold(model: nn.Module, data: Any = None, tolerance: float = 0.01, *, allow: 
             raise InvalidOption(f"fold: allow must name sites with attention, {', '.join(sites)}; got {allow!r}.")
     batches = None if data is None else _batches(data)
     before = None if batches is None else _predictions(model, batches)
-    gates = _probed(sites) if batches is None else _watched(model, sites, batches)
+    gates = over_probes(sites) if batches is None else over_images(sites, lambda: _predictions(model, batches))
     limit = CONSTANT if batches is None else tolerance
     report = []
     for name, wrapper in sites.items():
@@ -146,19 +136,6 @@ def fold(model: nn.Module, data: Any = None, tolerance: float = 0.01, *, allow: 
     return Folds(tuple(report), (before.accuracy, _predictions(model, batches).accuracy))
 
 
-@dataclass
-class _Seen:
-    """A gate over inputs: for each channel its mean and its extremes."""
-
-    mean: torch.Tensor
-    low: torch.Tensor
-    high: torch.Tensor
-
-    @property
-    def deviation(self) -> float:
-        return float(torch.maximum(self.high - self.mean, self.mean - self.low).max())
-
-
 @dataclass(frozen=True)
 class _Predictions:
     classes: torch.Tensor
@@ -169,81 +146,7 @@ class _Predictions:
         return float("nan") if self.labels is None else float((self.classes == self.labels).double().mean())
 
 
-class _Collector:
-    """Adds up the gates of one site."""
-
-    def __init__(self) -> None:
-        self.sum: torch.Tensor = torch.zeros(())
-        self.count = 0
-        self.low: torch.Tensor = torch.zeros(())
-        self.high: torch.Tensor = torch.zeros(())
-
-    def add(self, gates: dict[str, torch.Tensor]) -> None:
-        """The small gates of a batch, each (B, C, 1, ...) or (B, 1, *spatial)."""
-        whole = torch.ones((), dtype=torch.float64)
-        low, high = whole, whole
-        for gate in gates.values():
-            flat = gate.detach().double().cpu().flatten(2)
-            whole = whole * flat.mean(2).unsqueeze(-1)
-            # of a product the extremes are among the products of extremes
-            corners = torch.stack([low * flat.amin(2), low * flat.amax(2), high * flat.amin(2), high * flat.amax(2)])
-            low, high = corners.amin(0), corners.amax(0)
-        mean = whole.squeeze(-1)
-        if self.count == 0:
-            self.sum, self.low, self.high = torch.zeros(mean.shape[1:]).double(), low.amin(0), high.amax(0)
-        self.sum = self.sum + mean.sum(0)
-        self.count += len(mean)
-        self.low, self.high = torch.minimum(self.low, low.amin(0)), torch.maximum(self.high, high.amax(0))
-
-    @property
-    def seen(self) -> _Seen:
-        return _Seen(self.sum / self.count, self.low, self.high)
-
-
-def _probed(sites: dict[str, Attached]) -> dict[str, _Seen]:
-    """The gates for random maps of all magnitudes."""
-    found = {}
-    for name, wrapper in sites.items():
-        if isinstance(wrapper.attention, Gate):
-            gate = copy.deepcopy(wrapper.attention).cpu().double().eval()
-            generator = torch.Generator().manual_seed(0)
-            shape = (
-                PROBES,
-                wrapper.convattn_site.channels,
-                *(min(side, PROBE_SIDE) for side in wrapper.convattn_site.size),
-            )
-            collector = _Collector()
-            with torch.no_grad():
-                for scale in SCALES:
-                    # each channel with a level of its own: of zero-mean maps every mean would be nearly 0
-                    level = torch.randn(*shape[:2], *[1] * len(shape[2:]), generator=generator, dtype=torch.float64)
-                    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-                    probe = scale * (level + noise)
-                    collector.add(gate.gates(torch.cat([probe, -probe])))
-            found[name] = collector.seen
-    return found
-
-
-def _watched(model: nn.Module, sites: dict[str, Attached], batches: list[Any]) -> dict[str, _Seen]:
-    """The gates for the images."""
-    collectors = {name: _Collector() for name, one in sites.items() if isinstance(one.attention, Gate)}
-
-    def keep(name: str) -> Any:
-        def hook(module: Any, args: tuple[torch.Tensor, ...]) -> None:
-            collectors[name].add(module.gates(args[0]))
-
-        return hook
-
-    handles = [sites[name].attention.register_forward_pre_hook(keep(name)) for name in collectors]
-    try:
-        _predictions(model, batches)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: collector.seen for name, collector in collectors.items() if collector.count}
-
-
-def _judged(model: nn.Module, name: str, wrapper: Attached, gate: _Seen | None, limit: float) -> Fold:
+def _judged(model: nn.Module, name: str, wrapper: Attached, gate: Movement | None, limit: float) -> Fold:
     if gate is None:
         silent = _is_silent(wrapper.attention)
         reason = "" if silent else "it is no gate" if not isinstance(wrapper.attention, Gate) else "it was never called"
@@ -269,7 +172,7 @@ def _changed(found: Fold, **values: Any) -> Fold:
 
 
 def _with_change(
-    found: Fold, model: nn.Module, wrapper: Attached, gate: _Seen | None, batches: list[Any], before: _Predictions
+    found: Fold, model: nn.Module, wrapper: Attached, gate: Movement | None, batches: list[Any], before: _Predictions
 ) -> Fold:
     """The accuracy with this gate alone replaced by its mean."""
     if gate is None or _is_one(gate.mean):
@@ -390,10 +293,20 @@ def _predictions(model: nn.Module, batches: list[Any]) -> _Predictions:
         with torch.no_grad():
             for batch in batches:
                 x = batch if isinstance(batch, torch.Tensor) else batch[0]
-                classes.append(model(x.to(device)).argmax(1).cpu())
+                classes.append(_classes(model, x.to(device)))
                 if not isinstance(batch, torch.Tensor):
                     labels.append(batch[1].cpu())
     finally:
         for part, mode in modes.items():
             part.training = mode
     return _Predictions(torch.cat(classes), torch.cat(labels) if len(labels) == len(batches) else None)
+
+
+def _classes(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    scores = model(x)
+    if not isinstance(scores, torch.Tensor) or scores.dim() < 2:
+        raise DataError(
+            f"fold: with data the network must give the scores of classes, a tensor (B, classes), and "
+            f"{type(model).__name__} gives {type(scores).__name__}. The model was not changed."
+        )
+    return scores.argmax(1).cpu()

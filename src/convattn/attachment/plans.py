@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from convattn import checks, cost
+from convattn import checks, cost, tables
 from convattn.attachment.sites import PLACES, Place, Skipped, Survey
-from convattn.attachment.wrapper import Blended, BlendedHead, layer_of
+from convattn.attachment.wrapper import Attached, Blended, BlendedHead, layer_of
 from convattn.errors import AttachError, InvalidOption
 from convattn.nn.base import STARTS
 from convattn.registry import Entry, entry, names
@@ -91,13 +91,8 @@ class Plan:
             sum(getattr(site, name) for site in self) for name in ("parameters", "multiply_adds")
         )
         rows.append(("total added", "", "", "", "", "", f"{parameters:,}", f"{multiply_adds:,}"))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-        align = (str.ljust, str.ljust, str.rjust, str.ljust, str.rjust, str.rjust, str.rjust, str.rjust)
-        lines = [
-            "  ".join(pad(cell, width) for pad, cell, width in zip(align, row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        return "\n".join(lines + [f"no site in {one.name or 'the network'}: {one.reason}" for one in self.skipped])
+        left_out = [f"no site in {one.name or 'the network'}: {one.reason}" for one in self.skipped]
+        return "\n".join([*tables.aligned(rows, "<<><>>>>"), *left_out])
 
 
 def plan(
@@ -191,9 +186,12 @@ def built(one: Entry, place: Place, start: str, options: dict[str, Any]) -> nn.M
 
 
 def signature(model: nn.Module) -> str:
-    """The names and types of a network's modules and the shapes of its parameters, hashed."""
-    modules = [(name, type(module).__qualname__) for name, module in model.named_modules()]
-    shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    """The names and types of a plain network's modules and the shapes of its parameters, hashed."""
+    wrappers = [one for one in model.modules() if isinstance(one, Attached)]
+    added = {part for one in wrappers for part in (layer_of(one), *one.attention.modules())}
+    own = {parameter for one in wrappers for parameter in one.attention.parameters()}
+    modules = [(name, type(layer_of(one)).__qualname__) for name, one in model.named_modules() if one not in added]
+    shapes = [(name, tuple(one.shape)) for name, one in model.named_parameters() if one not in own]
     return hashlib.blake2b(repr((modules, shapes)).encode(), digest_size=16).hexdigest()
 
 

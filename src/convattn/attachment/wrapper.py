@@ -260,12 +260,30 @@ class Passage(threading.local):
         return Passage, ()
 
 
-class AttachedSource(Attached):
+class Passing(Attached):
+    """A layer that leaves a map in a passage or takes it from there."""
+
+    def __init__(self, inner: nn.Module, attention: nn.Module, passage: Passage, **options: Any) -> None:
+        super().__init__(inner, attention, **options)
+        self.convattn_passage = passage
+
+    def __prepare_scriptable__(self) -> Any:
+        """Refuse to be scripted, before anything is: modules of a script share nothing.
+
+        Raises:
+            AttachError: always.
+        """
+        raise AttachError(
+            f"Attention at {self.convattn_site.name!r} takes the map of another layer, which torch.jit.script cannot "
+            f"express; torch.export and torch.jit.trace can."
+        )
+
+
+class AttachedSource(Passing):
     """A layer that leaves its map in a passage; it has no attention of its own."""
 
     def __init__(self, inner: nn.Module, passage: Passage, **options: Any) -> None:
-        super().__init__(inner, nn.Identity(), **options)
-        self.convattn_passage = passage
+        super().__init__(inner, nn.Identity(), passage, **options)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output as it is."""
@@ -283,16 +301,12 @@ class AttachedInputSource(AttachedSource):
         return self.convattn_inner(x)  # type: ignore[no-any-return]
 
 
-class AttachedShortcut(Attached):
+class AttachedShortcut(Passing):
     """The last layer of a branch whose shortcut is the block's input itself, with attention on that shortcut.
 
     What attention changes of the input, which an `AttachedInputSource` at the first layer leaves, is added to the
     branch: the sum with the shortcut is then that of the branch and of the gated input.
     """
-
-    def __init__(self, inner: nn.Module, attention: nn.Module, passage: Passage, **options: Any) -> None:
-        super().__init__(inner, attention, **options)
-        self.convattn_passage = passage
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output, and what attention changes of the block's input."""
@@ -300,7 +314,7 @@ class AttachedShortcut(Attached):
         return y + (self.convattn_gated(shortcut) - shortcut)  # type: ignore[no-any-return]
 
 
-class AttachedVector(Attached):
+class AttachedVector(Passing):
     """A layer that takes a vector pooled by a function, with a head on the map that was pooled.
 
     The map is that of an `AttachedSource`, after the functions that the network applies to it before it pools: each
@@ -315,8 +329,7 @@ class AttachedVector(Attached):
         functions: Functions,
         **options: Any,
     ) -> None:
-        super().__init__(inner, attention, **options)
-        self.convattn_passage = passage
+        super().__init__(inner, attention, passage, **options)
         self.convattn_functions = functions
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:

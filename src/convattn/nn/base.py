@@ -15,7 +15,27 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 GATE_ACTIVATIONS: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "hardsigmoid": nn.Hardsigmoid}
 
 
-class Gate(nn.Module):
+class OnMaps(nn.Module):
+    """A module that takes maps (B, C, *spatial); `channels` None stands for any number of them."""
+
+    def __init__(self, *, channels: int | None, dimensions: int) -> None:
+        super().__init__()
+        checks.dimensions(type(self).__name__, dimensions)
+        if channels is not None:
+            checks.positive(type(self).__name__, "channels", channels)
+        self.channels = channels
+        self.dimensions = dimensions
+
+    def check(self, x: torch.Tensor) -> None:
+        """Raise `ShapeMismatch` unless `x` is a map that this module takes."""
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if isinstance(x, torch.fx.Proxy) or torch._C._is_tracing():
+                # a symbolic trace knows no shapes, and the other kind would warn of every one that is looked at
+                return
+            checks.feature_map(type(self).__name__, x, self.channels, self.dimensions)
+
+
+class Gate(OnMaps):
     """A module that multiplies its input with a gate computed from it.
 
     `gate(x)` is the paper's gate, broadcastable to `x`. With `start="identity"` the module has one parameter more,
@@ -29,14 +49,8 @@ class Gate(nn.Module):
     strength: nn.Parameter | None
 
     def __init__(self, *, channels: int | None, dimensions: int, start: str) -> None:
-        super().__init__()
-        where = type(self).__name__
-        checks.dimensions(where, dimensions)
-        checks.choice(where, "start", start, STARTS)
-        if channels is not None:
-            checks.positive(where, "channels", channels)
-        self.channels = channels
-        self.dimensions = dimensions
+        super().__init__(channels=channels, dimensions=dimensions)
+        checks.choice(type(self).__name__, "start", start, STARTS)
         self.register_parameter("strength", nn.Parameter(torch.zeros(1)) if start == "identity" else None)
 
     def gate(self, x: torch.Tensor) -> torch.Tensor:
@@ -51,34 +65,13 @@ class Gate(nn.Module):
         """The gated map, of the shape, dtype and memory format of `x`."""
         return ops.apply_gate(x, self.gate(x), self.strength)
 
-    def check(self, x: torch.Tensor) -> None:
-        """Raise `ShapeMismatch` unless `x` is a map that this module takes."""
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            if isinstance(x, torch.fx.Proxy):
-                # a symbolic trace knows no shapes
-                return
-            checks.feature_map(type(self).__name__, x, self.channels, self.dimensions)
 
-
-class Head(nn.Module):
+class Head(OnMaps):
     """A module that pools a map (B, C, *spatial) to a vector (B, features)."""
 
     def __init__(self, *, channels: int | None, dimensions: int, features: int | None) -> None:
-        super().__init__()
-        checks.dimensions(type(self).__name__, dimensions)
-        if channels is not None:
-            checks.positive(type(self).__name__, "channels", channels)
-        self.channels = channels
-        self.dimensions = dimensions
+        super().__init__(channels=channels, dimensions=dimensions)
         self.features = features
-
-    def check(self, x: torch.Tensor) -> None:
-        """Raise `ShapeMismatch` unless `x` is a map that this head takes."""
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            if isinstance(x, torch.fx.Proxy):
-                # a symbolic trace knows no shapes
-                return
-            checks.feature_map(type(self).__name__, x, self.channels, self.dimensions)
 
 
 def hidden_width(where: str, channels: int, reduction: int, hidden: int | None) -> int:

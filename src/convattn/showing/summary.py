@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from convattn import tables
 from convattn.errors import DataError
 
 Array = NDArray[np.float32]
@@ -65,14 +66,8 @@ class Table:
             numbers = (f"{value:.3f}" for value in (row.mean, row.low, row.high))
             varies, strength = _or_dash(row.variation, ".4f"), _or_dash(row.strength, "+.3f")
             cells.append((row.site, row.kind, *numbers, varies, strength, row.word))  # type: ignore[arg-type]
-        widths = [max(len(row[column]) for row in cells) for column in range(8)]
-        align = (str.ljust, str.ljust, *[str.rjust] * 5, str.ljust)
-        lines = [
-            "  ".join(pad(cell, width) for pad, cell, width in zip(align, row, widths, strict=True)).rstrip()
-            for row in cells
-        ]
         legend = [LEGEND, POOL_LEGEND] if any(row.kind == "pool" for row in self.rows) else [LEGEND]
-        return "\n".join([*lines, *legend])
+        return "\n".join([*tables.aligned(cells, "<<>>>>><"), *legend])
 
 
 def table(folder: Path | str) -> Table:

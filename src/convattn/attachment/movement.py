@@ -1,0 +1,106 @@
+"""How far gates move over what they see: random maps of all magnitudes, or the images of a user."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from convattn.attachment.plans import Site
+from convattn.attachment.wrapper import Attached
+from convattn.nn.base import Gate
+
+# a gate is constant if it is so for maps of all these magnitudes, each in several directions and their opposites
+SCALES = (0.0, 1e-2, 1.0, 1e2, 1e4, 1e6, 1e9, 1e12)
+PROBES = 8
+# positions of a probe in each dimension at most: whether a gate is constant does not depend on them
+PROBE_SIDE = 8
+
+
+@dataclass
+class Movement:
+    """A gate over inputs: for each channel its mean and its extremes."""
+
+    mean: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+
+    @property
+    def deviation(self) -> float:
+        """The largest distance of the gate from its mean."""
+        return float(torch.maximum(self.high - self.mean, self.mean - self.low).max())
+
+
+class _Collector:
+    """Adds up the gates of one site."""
+
+    def __init__(self) -> None:
+        self.sum: torch.Tensor = torch.zeros(())
+        self.count = 0
+        self.low: torch.Tensor = torch.zeros(())
+        self.high: torch.Tensor = torch.zeros(())
+
+    def add(self, gates: dict[str, torch.Tensor]) -> None:
+        """The small gates of a batch, each (B, C, 1, ...) or (B, 1, *spatial)."""
+        whole = torch.ones((), dtype=torch.float64)
+        low, high = whole, whole
+        for gate in gates.values():
+            flat = gate.detach().double().cpu().flatten(2)
+            whole = whole * flat.mean(2).unsqueeze(-1)
+            # of a product the extremes are among the products of extremes
+            corners = torch.stack([low * flat.amin(2), low * flat.amax(2), high * flat.amin(2), high * flat.amax(2)])
+            low, high = corners.amin(0), corners.amax(0)
+        mean = whole.squeeze(-1)
+        if self.count == 0:
+            self.sum, self.low, self.high = torch.zeros(mean.shape[1:]).double(), low.amin(0), high.amax(0)
+        self.sum = self.sum + mean.sum(0)
+        self.count += len(mean)
+        self.low, self.high = torch.minimum(self.low, low.amin(0)), torch.maximum(self.high, high.amax(0))
+
+    @property
+    def movement(self) -> Movement:
+        return Movement(self.sum / self.count, self.low, self.high)
+
+
+def over_probes(sites: Mapping[str, Attached]) -> dict[str, Movement]:
+    """How the gates move over random maps of all magnitudes."""
+    found = {}
+    for name, wrapper in sites.items():
+        if isinstance(wrapper.attention, Gate):
+            gate = copy.deepcopy(wrapper.attention).cpu().double().eval()
+            collector = _Collector()
+            with torch.no_grad():
+                for probe in _probes(wrapper.convattn_site):
+                    collector.add(gate.gates(probe))
+            found[name] = collector.movement
+    return found
+
+
+def _probes(site: Site) -> Iterator[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (PROBES, site.channels, *(min(side, PROBE_SIDE) for side in site.size))
+    for scale in SCALES:
+        # each channel with a level of its own: of zero-mean maps every mean would be nearly 0
+        level = torch.randn(*shape[:2], *[1] * len(site.size), generator=generator, dtype=torch.float64)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        probe = scale * (level + noise)
+        yield torch.cat([probe, -probe])
+
+
+def over_images(sites: Mapping[str, Attached], run: Callable[[], object]) -> dict[str, Movement]:
+    """How the gates move over the images on which the network is run."""
+    collectors = {name: _Collector() for name, one in sites.items() if isinstance(one.attention, Gate)}
+
+    def keep(name: str) -> Any:
+        def hook(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+            collectors[name].add(module.gates(args[0]))
+
+        return hook
+
+    with ExitStack() as handles:
+        for name in collectors:
+            handles.callback(sites[name].attention.register_forward_pre_hook(keep(name)).remove)
+        run()
+    return {name: collector.movement for name, collector in collectors.items() if collector.count}
