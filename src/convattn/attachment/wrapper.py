@@ -7,6 +7,7 @@ converting passes drop hooks silently; a child module and no subclass of the lay
 
 import threading
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, Final
 
 import torch
@@ -180,7 +181,7 @@ def layer_of(module: nn.Module) -> nn.Module:
 
 def like(layer: nn.Module, model: nn.Module) -> torch.Tensor:
     """A tensor of the device and the dtype that a layer has, or else its network."""
-    parameters = (*layer.parameters(), *model.parameters())
+    parameters = chain(layer.parameters(), model.parameters())
     return next((one for one in parameters if one.is_floating_point()), torch.empty(0))
 
 

@@ -5,6 +5,7 @@ operator of PyTorch that runs gives a value; a tensor that was changed in place 
 """
 
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -18,6 +19,9 @@ from torch.utils._pytree import tree_map_only
 from convattn.errors import AttachError
 
 INPUT, OUTSIDE, CHANGED = "input", "outside", "changed"
+UNKNOWN = (lambda: None), 0, 0
+# what holds no tensors
+PLAIN = (int, float, str)
 
 
 @dataclass(frozen=True)
@@ -83,13 +87,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen = Watched()
-        # by address: the value, and the count of in-place changes when it was given
-        self.at: dict[int, tuple[int, int]] = {}
+        # by address, which another tensor may have once this one is gone: the tensor, its value, and the count of its
+        # in-place changes then
+        self.at: dict[int, tuple[weakref.ref[torch.Tensor], int, int]] = {}
         # by memory: the values that were written to it in place
         self.written: dict[int, list[int]] = {}
         self.running: list[str] = []
-        # identity is by address: nothing that was seen may be freed before the end
-        self.alive: list[torch.Tensor] = []
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -105,14 +108,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         within = self.running[-1] if self.running else ""
         about = (tuple(tensor.shape), within, tensor.dtype)
         self.seen.values.append(Value(index, operator, inputs, ancestors, *about, *call))
-        self.at[id(tensor)] = index, _version(tensor)
-        self.alive.append(tensor)
+        self.at[id(tensor)] = weakref.ref(tensor), index, _version(tensor)
         return index
 
     def value(self, tensor: torch.Tensor) -> int:
-        if id(tensor) not in self.at:
+        known, index, version = self.at.get(id(tensor), UNKNOWN)
+        if known() is not tensor:
             return self.add(tensor, OUTSIDE, ())
-        index, version = self.at[id(tensor)]
         if version == _version(tensor):
             return index
         # changed through a view of it, by what was written to the memory that they share
@@ -122,14 +124,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        options = dict(kwargs or {})
-        # where a result is to be written says nothing of what it is computed from
-        given = _tensors((args, {name: value for name, value in options.items() if name != "out"}))
+        options = kwargs or {}
+        given = _tensors(args)
+        if options:
+            # where a result is to be written says nothing of what it is computed from
+            given += _tensors({name: value for name, value in options.items() if name != "out"})
         name = func.overloadpacket.__name__
         # nor does the tensor that only lends its shape
         inputs = () if name.endswith("_like") or name.startswith("new_") else tuple(map(self.value, given))
         result = func(*args, **options)
-        call = (tuple(args[1:]), tuple(options.items())) if len(given) == 1 else ()
+        call = (args[1:], tuple(options.items())) if len(given) == 1 else ()
         # of several results those that are empty in eval mode, such as saved statistics, are none
         results = [result] if isinstance(result, torch.Tensor) else [one for one in _tensors(result) if one.numel()]
         # what a norm saves for its gradient is empty on some devices only; nothing uses it here
@@ -137,7 +141,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             index = self.add(tensor, name, inputs, *call)
             if any(tensor is one for one in (*given, options.get("out"))):
                 # changed in place: counted once this returns
-                self.at[id(tensor)] = index, _version(tensor) + 1
+                self.at[id(tensor)] = weakref.ref(tensor), index, _version(tensor) + 1
                 self.written.setdefault(tensor.untyped_storage()._cdata, []).append(index)
         return result
 
@@ -192,7 +196,8 @@ def _as_before(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, mode in modes.items():
-            module.training = mode
+            if module.training is not mode:
+                module.training = mode
         with torch.no_grad():
             for buffer, value in buffers:
                 # one that shares its own memory cannot be written to, and was not
@@ -216,7 +221,13 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     if isinstance(tree, torch.Tensor):
         return [tree]
     if isinstance(tree, tuple | list):
-        return [tensor for one in tree if one is not None for tensor in _tensors(one)]
+        found = []
+        for one in tree:
+            if isinstance(one, torch.Tensor):
+                found.append(one)
+            elif one is not None and not isinstance(one, PLAIN):
+                found += _tensors(one)
+        return found
     if isinstance(tree, Mapping):
         return [tensor for one in tree.values() for tensor in _tensors(one)]
     if is_dataclass(tree) and not isinstance(tree, type):

@@ -29,10 +29,14 @@ class OnMaps(nn.Module):
     def check(self, x: torch.Tensor) -> None:
         """Raise `ShapeMismatch` unless `x` is a map that this module takes."""
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            if isinstance(x, torch.fx.Proxy) or torch._C._is_tracing():
+            if isinstance(x, torch.fx.Proxy) or _is_tracing():
                 # a symbolic trace knows no shapes, and the other kind would warn of every one that is looked at
                 return
             checks.feature_map(type(self).__name__, x, self.channels, self.dimensions)
+
+
+def _is_tracing() -> bool:
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
 
 
 class Gate(OnMaps):
