@@ -1,11 +1,13 @@
-"""What attention adds to a training step: candidates in turn in one process, medians and ratios with quartiles.
+"""What attention adds to a training step, and what attaching takes beside an inference.
+
+Candidates in turn in one process, medians and ratios with quartiles.
 
 python benchmarks/overhead.py [--side 64] [--batch 16] [--repeats 20]
 """
 
 import argparse
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import timm
 import torch
@@ -20,7 +22,7 @@ SHAPES = ((16, 64, 56, 56), (16, 256, 28, 28), (16, 512, 7, 7))
 
 
 def main() -> None:
-    """Print two tables: modules against timm's, and whole networks against the plain one."""
+    """Print tables: modules against timm's, whole networks against the plain one, and attaching against inference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
@@ -45,6 +47,24 @@ def main() -> None:
         networks[name] = convattn.attach(timm.create_model("resnet18", num_classes=10), name, start="paper")
     title = f"ResNet-18, training step, {tuple(images.shape)}"
     _table(title, {name: _step(network, images) for name, network in networks.items()}, given.repeats)
+    for name in ("resnet50", "efficientnet_b0", "mobilenetv3_small_100"):
+        _attaching(name, torch.randn(given.batch, 3, given.side, given.side), given.repeats)
+
+
+def _attaching(name: str, images: torch.Tensor, repeats: int) -> None:
+    network = timm.create_model(name).eval()
+    planned = convattn.plan(network, "cbam", example=images)
+
+    @torch.no_grad()
+    def inference() -> None:
+        network(images)
+
+    steps: dict[str, Callable[[], object]] = {
+        "inference": inference,
+        "plan": lambda: convattn.plan(network, "cbam", example=images),
+        "attach+detach": lambda: convattn.detach(convattn.attach(network, planned)),
+    }
+    _table(f"{name}, CBAM planned at {len(planned)} sites, {tuple(images.shape)}", steps, repeats)
 
 
 def _step(module: nn.Module, x: torch.Tensor) -> Callable[[], None]:
@@ -55,13 +75,13 @@ def _step(module: nn.Module, x: torch.Tensor) -> Callable[[], None]:
     return step
 
 
-def _table(title: str, steps: dict[str, Callable[[], None]], repeats: int) -> None:
+def _table(title: str, steps: Mapping[str, Callable[[], object]], repeats: int) -> None:
     times, ratios = cost.interleaved(steps, repeats=repeats)
-    print(f"\n{title}\n{'':12} {'ms':>9} {'quartiles':>19} {'ratio':>7} {'quartiles':>13}")
+    print(f"\n{title}\n{'':13} {'ms':>9} {'quartiles':>19} {'ratio':>7} {'quartiles':>13}")
     for name, time in times.items():
         ratio = ratios[name]
         spread = f"{time.low:.2f}-{time.high:.2f}"
-        print(f"{name:12} {time.median:9.2f} {spread:>19} {ratio.median:7.2f} {ratio.low:6.2f}-{ratio.high:.2f}")
+        print(f"{name:13} {time.median:9.2f} {spread:>19} {ratio.median:7.2f} {ratio.low:6.2f}-{ratio.high:.2f}")
 
 
 if __name__ == "__main__":

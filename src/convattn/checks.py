@@ -65,6 +65,11 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f"{hint} {every}".strip()
 
 
+def reason(error: BaseException) -> str:
+    """The first line of what an error says, or its class where it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 def extra(package: str, needed_for: str, name: str = "compare") -> ModuleType:
     """Import `package`, or raise `MissingExtra` that says which extra of convattn brings it."""
     try:

@@ -325,10 +325,9 @@ def _cost(one: Entry, place: Place, start: str, options: dict[str, Any]) -> tupl
         try:
             return _counted(built(one, place, start, options), place)
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise AttachError(
                 f"{one.name!r} makes no module for the {place.channels} channels of {place.name!r} "
-                f"({type(error).__name__}: {reason}). {UNCHANGED}"
+                f"({type(error).__name__}: {checks.reason(error)}). {UNCHANGED}"
             ) from error
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from convattn import reporting
+from convattn import checks, reporting
 from convattn.compare import folder as folders
 from convattn.compare import stats, timing
 from convattn.compare.display import Display
@@ -168,10 +168,9 @@ def _check_forward(network: torch.nn.Module, images: Images, options: Options) -
     try:
         shape = evaluation_shape(network, images)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InvalidOption(
-            f"{options.backbone} does not take images of {images.size} x {images.size} pixels ({reason}): "
-            f"try another --image-size."
+            f"{options.backbone} does not take images of {images.size} x {images.size} pixels "
+            f"({checks.reason(error)}): try another --image-size."
         ) from error
     if shape != (2, len(images.classes)):
         raise InvalidOption(

@@ -195,8 +195,9 @@ def _fetched(name: str, pretrained: bool, build: Callable[[], nn.Module]) -> nn.
     try:
         return build()
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"The pretrained weights of {name} could not be fetched ({reason}): give a file.") from error
+        raise WeightsError(
+            f"The pretrained weights of {name} could not be fetched ({checks.reason(error)}): give a file."
+        ) from error
 
 
 def _described(

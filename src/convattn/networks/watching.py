@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from convattn import checks
 from convattn.errors import AttachError
 
 INPUT, OUTSIDE, CHANGED = "input", "outside", "changed"
@@ -179,10 +180,9 @@ def watch(model: nn.Module, example: Any) -> Watched:
             with _hooked(model, recorder), recorder:
                 model.eval()(*args, **kwargs)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise AttachError(
-            f"{type(model).__name__} does not run on the example ({type(error).__name__}: {reason}); give another with "
-            f"example=... The model was not changed."
+            f"{type(model).__name__} does not run on the example ({type(error).__name__}: "
+            f"{checks.reason(error)}); give another with example=... The model was not changed."
         ) from error
     return recorder.seen
 

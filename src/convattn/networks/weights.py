@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from convattn import checks
 from convattn.errors import WeightsError
 
 # keys under which training scripts keep the weights beside other things
@@ -41,8 +42,7 @@ def read(path: Path | str) -> dict[str, torch.Tensor]:
         ) from error
     except Exception as error:
         # whatever bytes that are no pickle happen to mean
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"{path} cannot be read as a checkpoint: {reason}.") from error
+        raise WeightsError(f"{path} cannot be read as a checkpoint: {checks.reason(error)}.") from error
     return unwrap(content, path)
 
 
