@@ -11,6 +11,7 @@ that no branch is silent. At the end every failure is named with its reason, and
 """
 
 import argparse
+import os
 import sys
 import time
 import traceback
@@ -18,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -83,15 +85,16 @@ def main() -> None:
             print(_line(row), flush=True)
     failures = [row for row in rows if row.failure]
     networks = {row.network for row in rows if row.sites}
-    print(
-        f"\n{len(networks)} networks with maps, {sum(row.sites > 0 for row in rows)} places, "
+    summary = (
+        f"{len(networks)} networks with maps, {sum(row.sites > 0 for row in rows)} places, "
         f"{sum(row.sites for row in rows)} sites, {len(failures)} failures, {time.perf_counter() - begun:.0f} s"
     )
+    print(f"\n{summary}")
     for row in failures:
         print(f"  {row.network} at {row.place}: {row.failure}")
     if given.markdown:
         given.markdown.parent.mkdir(parents=True, exist_ok=True)
-        given.markdown.write_text(_markdown(rows))
+        given.markdown.write_text(_markdown(rows, summary))
     sys.exit(bool(failures))
 
 
@@ -102,9 +105,11 @@ def _line(row: Row) -> str:
     )
 
 
-def _markdown(rows: list[Row]) -> str:
-    versions = f"torch {torch.__version__}, timm {timm.__version__}, torchvision {torchvision.__version__}"
-    lines = [f"{versions}\n", "| network | " + " | ".join(PLACES) + " |", "|---" * (len(PLACES) + 1) + "|"]
+def _markdown(rows: list[Row], summary: str) -> str:
+    modules = (torch, timm, torchvision, smp)
+    versions = ", ".join(f"{module.__name__} {module.__version__}" for module in modules)
+    about = f"The sites at each place. {summary} with {os.cpu_count()} cores; {versions}; {date.today()}."
+    lines = [f"{about}\n", "| network | " + " | ".join(PLACES) + " |", "|---" * (len(PLACES) + 1) + "|"]
     by_network: dict[str, dict[str, Row]] = {}
     for row in rows:
         by_network.setdefault(row.network, {})[row.place] = row
