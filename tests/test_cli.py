@@ -418,7 +418,7 @@ def test_interrupted_in_the_middle(world: Path, call: Call, monkeypatch: pytest.
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="an interrupt is sent differently there")
-@pytest.mark.parametrize("seconds", [0.1, 1.0, 2.0, None])
+@pytest.mark.parametrize("seconds", [0.0, 0.05, 0.1, 0.2, 1.0, 2.0, None])
 def test_interrupted_with_several_at_a_time(world: Path, seconds: float | None) -> None:
     def training() -> bool:
         return (world / "out" / "runs" / "baseline-seed0" / "log.jsonl").exists()

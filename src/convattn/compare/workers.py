@@ -3,15 +3,18 @@
 import contextlib
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
 import queue
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from convattn import checks
 from convattn.data import Images
 from convattn.errors import ConvattnError, RunFailed
 from convattn.train import Progress, RunSpec, execute, finished
@@ -44,9 +47,8 @@ def _execute(spec: RunSpec, images: Images, folder: Path, watch: Callable[[Progr
         raise
     except Exception as error:
         (own / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        reason = str(error).splitlines()[0] if str(error) else ""
         raise RunFailed(
-            f"The run {spec.name} broke: {type(error).__name__}: {reason} ({own / 'error.txt'})."
+            f"The run {spec.name} broke: {type(error).__name__}: {checks.reason(error)} ({own / 'error.txt'})."
         ) from error
 
 
@@ -60,28 +62,37 @@ def _run_in_processes(specs: Sequence[RunSpec], folder: Path, jobs: int, watch: 
     for _ in range(jobs):
         tasks.put(None)
     workers = [context.Process(target=_work, args=(folder, tasks, events), daemon=True) for _ in range(jobs)]
-    with _interrupts_ignored():
-        for worker in workers:
-            worker.start()
     try:
+        with _interrupts_held():
+            for worker in workers:
+                worker.start()
         _follow(len(specs), workers, events, watch)
     finally:
         for worker in workers:
-            worker.terminate()
-            worker.join()
+            if worker.pid is not None:
+                worker.terminate()
+                worker.join()
 
 
 @contextlib.contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Children inherit it: an interrupt is the parent's to handle, from their first line on."""
-    if threading.current_thread() is not threading.main_thread():
+def _interrupts_held() -> Iterator[None]:
+    """Start children that no interrupt reaches: it is the parent's to handle, once all of them have been started."""
+    if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # it would let interrupts through again when it is started with the first child
+    multiprocessing.resource_tracker.ensure_running()
+    held: list[int] = []
+    # the mask is what children inherit; it is that of this thread alone, and another one may be interrupted
+    before = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         signal.signal(signal.SIGINT, before)
+    if held:
+        raise KeyboardInterrupt
 
 
 def _follow(count: int, workers: Sequence[Any], events: Any, watch: Callable[[Progress], None]) -> None:
