@@ -22,7 +22,7 @@ from PIL import Image
 
 import convattn.compare
 from convattn import networks, reporting
-from convattn.compare import stats, timing
+from convattn.compare import timing
 from convattn.errors import (
     AttachError,
     ComparisonError,
@@ -216,21 +216,23 @@ def test_the_results(world: World, first: Path, quick: None) -> None:
 def test_gains_are_those_of_the_predictions(first: Path) -> None:
     results = read(first)
     baseline = right(first, "baseline")
+    every = {variant["name"]: right(first, variant["name"]) for variant in results["variants"]}
+    verdicts = verdict(baseline, every, smallest_gain=0.5, looks=[2])
     for variant in results["variants"]:
-        own = right(first, variant["name"])
+        own = every[variant["name"]]
         difference = 100 * (own.astype(float) - baseline)
         assert variant["gain_points"] == pytest.approx(difference.mean(), abs=1e-6)
         assert variant["gain_points"] == pytest.approx(
             variant["mean_score"] - results["baseline"]["mean_score"], abs=2e-6
         )
         assert variant["scores"] == pytest.approx(100 * own.mean(axis=1), abs=1e-6)
-        expected = stats.gain(baseline, own)
+        expected = verdicts[variant["name"]].gain
         assert variant["interval95"] == pytest.approx([expected.low, expected.high], abs=1e-6)
         assert variant["p_value"] == pytest.approx(expected.p_value, abs=1e-6)
         labels = predictions(first, "se-seed0")["test_labels"]
         by_class = [difference[:, labels == label].mean() for label in range(3)]
         assert variant["per_class_gain_points"] == pytest.approx(by_class, abs=1e-6)
-        assert variant["verdict"] in ("worth it", "not worth it", "cannot tell")
+        assert variant["verdict"] == verdicts[variant["name"]].word
     assert results["baseline"]["scores"] == pytest.approx(100 * baseline.mean(axis=1), abs=1e-6)
     # a comparison whose runs all agree would show nothing
     assert len({tuple(variant["scores"]) for variant in (results["baseline"], *results["variants"])}) > 1

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from convattn.compare.engine import run
+    from convattn.compare.verdicts import verdict
 
-_HOMES = {"run": "convattn.compare.engine"}
-_ROOMS = ("stats", "verdicts")
+_HOMES = {"run": "convattn.compare.engine", "verdict": "convattn.compare.verdicts"}
+_ROOMS = ("looks", "stats", "verdicts")
 
-__all__ = ["run"]
+__all__ = ["run", "verdict"]
 
 
 def __getattr__(name: str) -> Any:

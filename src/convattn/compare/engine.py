@@ -190,7 +190,7 @@ def _carried_out(options: Options, images: Images, folder: Path, display: Displa
         f"{options.weights or 'random'} weights; results in {folder}"
     )
     starts = _start_accuracies(firsts, images, folder, display, len(parts.test))
-    seen = stats.detectable(options.seeds, len(parts.test))
+    seen = stats.detectable(options.seeds, len(parts.test), variants=len(options.variants))
     display.say(
         f"With {options.seeds} seeds and {len(parts.test):,} test images, this comparison can see gains of about "
         f"{seen:.1f} points or more."

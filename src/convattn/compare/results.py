@@ -34,7 +34,7 @@ def assemble(
         name: [finished(folder / RUNS / f"{name}-seed{seed}") or {} for seed in range(options.seeds)]
         for name in (BASELINE, *options.variants)
     }
-    right = {
+    right: dict[str, np.ndarray] = {
         name: np.stack([_right(folder / RUNS / f"{name}-seed{seed}") for seed in range(options.seeds)])
         for name in results
     }
@@ -42,19 +42,26 @@ def assemble(
     labels = images.labels[parts.test]
     baseline = _common(BASELINE, results, starts, costs)
     baseline["per_class_accuracy"] = _by_class(100.0 * right[BASELINE], labels, len(images.classes))
-    gains = {name: stats.gain(right[BASELINE], right[name], confidence=CONFIDENCE) for name in options.variants}
+    found = verdicts.verdict(
+        right[BASELINE],
+        {name: right[name] for name in options.variants},
+        smallest_gain=options.smallest_gain,
+        confidence=CONFIDENCE,
+        looks=[options.seeds] if options.seeds > 1 else None,
+        costs={name: _cost(name, costs) for name in options.variants},
+    )
     variants = []
-    for name, gain in gains.items():
+    for name, verdict in found.items():
         difference = 100.0 * (right[name].astype(float) - right[BASELINE])
         variants.append(
             {
                 **_common(name, results, starts, costs),
-                **_verdict(name, gain, options, costs),
+                **_verdict(verdict),
                 "per_class_gain_points": _by_class(difference, labels, len(images.classes)),
                 "gates": _gates([result["gates"] for result in results[name]]),
             }
         )
-    found: dict[str, Any] = _rounded(
+    content: dict[str, Any] = _rounded(
         {
             "schema": SCHEMA,
             "convattn": convattn.__version__,
@@ -63,12 +70,12 @@ def assemble(
             "setting": _setting(options, images, parts, results),
             "command": options.command(),
             "versions": _versions(),
-            "could_see_points": _could_see(list(gains.values()), options.seeds),
+            "could_see_points": _could_see([verdict.gain for verdict in found.values()]),
             "baseline": baseline,
             "variants": variants,
         }
     )
-    return found
+    return content
 
 
 def _data(options: Options, images: Images, parts: Split, folder: Path) -> dict[str, Any]:
@@ -132,24 +139,30 @@ def _common(
     }
 
 
-def _verdict(name: str, gain: stats.Gain, options: Options, costs: dict[str, Any]) -> dict[str, Any]:
-    more = costs[name]["parameters"] / costs[BASELINE]["parameters"] - 1
+def _verdict(verdict: verdicts.Verdict) -> dict[str, Any]:
+    gain = verdict.gain
     return {
         "gain_points": gain.points,
         "interval95": None if gain.low is None else [gain.low, gain.high],
         "p_value": gain.p_value,
         "standard_error_points": gain.standard_error,
-        "verdict": verdicts.word(gain, options.smallest_gain),
-        "sentence": verdicts.sentence(
-            name, gain, options.seeds, options.smallest_gain, f", for {100 * more:.1f} % more parameters"
-        ),
+        "standard_error_seeds_points": None if gain.spread is None else gain.standard_error_seeds,
+        "standard_error_images_points": gain.standard_error_images,
+        "detectable_points": gain.detectable,
+        "level": gain.level,
+        "verdict": verdict.word,
+        "sentence": verdict.sentence,
     }
 
 
-def _could_see(gains: list[stats.Gain], seeds: int) -> float | None:
-    if seeds < 2:
-        return None
-    return stats.detectable_with(median(gain.standard_error for gain in gains), seeds)
+def _cost(name: str, costs: dict[str, Any]) -> str:
+    more = costs[name]["parameters"] / costs[BASELINE]["parameters"] - 1
+    return f", for {100 * more:.1f} % more parameters"
+
+
+def _could_see(gains: list[stats.Gain]) -> float | None:
+    seen = [gain.detectable for gain in gains if gain.detectable is not None]
+    return median(seen) if seen else None
 
 
 def _right(folder: Path) -> np.ndarray:

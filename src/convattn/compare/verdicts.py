@@ -1,8 +1,12 @@
 """The verdict in words."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from convattn.compare.stats import Gain, seeds_to_decide
+import numpy as np
+
+from convattn.compare.looks import level_of_look
+from convattn.compare.stats import Gain, gain, seeds_to_decide, simultaneous
 
 WORTH, NOT_WORTH, CANNOT_TELL = "worth it", "not worth it", "cannot tell"
 TITLES = {
@@ -16,6 +20,80 @@ TITLES = {
     "avgmax": "average and max pooling",
     "concat": "concatenated pooling",
 }
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a variant is held against beside the baseline: a name in words, its gain, and that of the variant over it.
+
+    `gain` is over the baseline; `over` is the variant's over the control. Both have intervals of their own.
+    """
+
+    title: str
+    gain: Gain
+    over: Gain
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One of the three words on a variant, the gain with its simultaneous interval, and both in a sentence."""
+
+    word: str
+    gain: Gain
+    sentence: str
+
+
+def verdict(
+    baseline: np.ndarray,
+    variants: Mapping[str, np.ndarray],
+    *,
+    smallest_gain: float = 0.5,
+    groups: np.ndarray | None = None,
+    confidence: float = 0.95,
+    looks: Sequence[int] | None = None,
+    most_seeds: int | None = None,
+    controls: Mapping[str, tuple[str, np.ndarray]] | None = None,
+    costs: Mapping[str, str] | None = None,
+) -> dict[str, Verdict]:
+    """Whether each variant is worth it: all intervals hold at once, and over all looks that were taken.
+
+    Args:
+        baseline: boolean (seeds, images), True where the prediction is right.
+        variants: the same for each variant, by name.
+        smallest_gain: the smallest gain in percentage points that is worth it.
+        groups: for each image its group, see `stats.gain`.
+        confidence: with which all intervals hold.
+        looks: the numbers of seeds at all looks at this comparison so far, the last one included; None for one look
+            after which none will follow.
+        most_seeds: the number of seeds at which the looks end, if it was planned.
+        controls: for a variant the name of its control in words, and what that got right.
+        costs: for a variant what it costs in words, put behind the gain.
+
+    Raises:
+        InvalidOption: arrays of different or wrong shape.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> right = rng.random((5, 2000)) < 0.8
+        >>> verdict(right, {"cbam": right | (rng.random((5, 2000)) < 0.2)})["cbam"].word
+        'worth it'
+    """
+    alone = {name: gain(baseline, right, groups=groups, confidence=confidence) for name, right in variants.items()}
+    level = 1 - confidence ** (1 / max(1, len(alone)))
+    share = 1.0 if looks is None else level_of_look(looks, level=level, most=most_seeds) / level
+    found = {}
+    for name, one in simultaneous(alone, confidence=confidence, share=share).items():
+        control = None
+        if controls and name in controls:
+            called, right = controls[name]
+            control = Control(
+                called,
+                gain(baseline, right, groups=groups, confidence=confidence),
+                gain(right, variants[name], groups=groups, confidence=confidence),
+            )
+        said = sentence(name, one, len(baseline), smallest_gain, (costs or {}).get(name, ""), control)
+        found[name] = Verdict(word(one, smallest_gain), one, said)
+    return found
 
 
 def title(variant: str) -> str:
@@ -33,7 +111,7 @@ def word(found: Gain, smallest: float) -> str:
     return NOT_WORTH if found.high < smallest else CANNOT_TELL
 
 
-def sentence(variant: str, found: Gain, seeds: int, smallest: float, cost: str) -> str:
+def sentence(variant: str, found: Gain, seeds: int, smallest: float, cost: str, control: Control | None = None) -> str:
     """The verdict of a variant as a sentence or a few; `cost` is put behind the gain."""
     name = title(variant)
     name = name[0].upper() + name[1:]
@@ -42,22 +120,59 @@ def sentence(variant: str, found: Gain, seeds: int, smallest: float, cost: str) 
             f"{name}: cannot tell from a single seed, which gave {signed(found.points)} points{cost}. "
             f"At least 2 seeds are needed, 5 are better."
         )
-    interval = f"{signed(found.points)} points (95 % interval {signed(found.low)} to {signed(found.high)})"
-    verdict = word(found, smallest)
-    if verdict == WORTH:
+    said = _said(name, found, seeds, smallest, cost)
+    lead = "" if control is None else _against(name, found, control)
+    return " ".join(part for part in (lead, said, _could_see(found, smallest)) if part)
+
+
+def _said(name: str, found: Gain, seeds: int, smallest: float, cost: str) -> str:
+    """The word and the gain with its interval, and what would settle an open question."""
+    low, high = found.low or 0.0, found.high or 0.0
+    interval = f"{signed(found.points)} points (95 % interval {signed(low)} to {signed(high)})"
+    found_word = word(found, smallest)
+    if found_word == WORTH:
         return f"{name} is worth it: it gains {interval}{cost}."
-    if verdict == NOT_WORTH:
-        loses = " It makes the network worse." if found.high < 0 else ""
-        return f"{name} is not worth it: a gain of {interval} stays below {smallest:g}{cost}.{loses}"
-    needed = seeds_to_decide(found, seeds, smallest)
-    more = (needed or 0) - seeds
-    settle = (
-        f"About {more} more seed{'s' if more > 1 else ''} would settle it if the gain stays as it is."
-        if needed
-        else "More seeds alone would not settle it soon: more test images would."
-    )
-    lead = f" It helps, but whether by {smallest:g} points is open." if found.low > 0 else ""
-    return f"{name}: cannot tell. The gain is {interval}{cost}.{lead} {settle}"
+    if found_word == NOT_WORTH:
+        effect = "makes the network worse" if high < 0 else f"helps, by {_range(low, high)}" if low > 0 else ""
+        more = f" It {effect}{'' if high < 0 else ', which is less'}." if effect else ""
+        return f"{name} is not worth it: a gain of {interval} stays below {smallest:g}{cost}.{more}"
+    settle = _settles(found, seeds, smallest)
+    if low > 0:
+        return (
+            f"{name} helps, by {_range(low, high)} (95 % interval around {signed(found.points)}){cost}; whether by "
+            f"{smallest:g} cannot be told yet: that takes {settle}."
+        )
+    return f"{name}: cannot tell. The gain is {interval}{cost}; to settle it takes {settle}."
+
+
+def _range(low: float, high: float) -> str:
+    return f"{signed(low).lstrip('+')} to {signed(high).lstrip('+')} points"
+
+
+def _settles(found: Gain, seeds: int, smallest: float) -> str:
+    needed = seeds_to_decide(found, smallest)
+    if needed is None:
+        return "more test images, since more seeds alone would not do soon"
+    more = needed - seeds
+    return f"about {more} more seed{'s' if more > 1 else ''} if the gain stays as it is"
+
+
+def _could_see(found: Gain, smallest: float) -> str:
+    """What was out of sight: said where it matters."""
+    seen = found.detectable
+    if seen is None or word(found, smallest) == WORTH:
+        return ""
+    return f"The smallest gain that it would probably have seen is {signed(seen).lstrip('+')} points."
+
+
+def _against(name: str, found: Gain, control: Control) -> str:
+    """How a variant stands to its control; empty where it is better."""
+    against = f"({signed(found.points)} against {signed(control.gain.points)} points)"
+    if control.over.points <= 0:
+        return f"{name} gains no more than {control.title} {against}."
+    if control.over.low is None or control.over.low <= 0:
+        return f"{name} is not shown to gain more than {control.title} {against}."
+    return ""
 
 
 def time_sentence(latency: dict[str, dict[str, float]]) -> str:
