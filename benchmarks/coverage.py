@@ -2,10 +2,10 @@
 
 python benchmarks/coverage.py [--repeats 4000] [--images 50,1000] [--markdown FILE]
 
-Runs get an image right where a latent score is above 0. The score is the sum of a part of the image, a part of the image
-and the network, a part of the seed, and a part of both; no network is better than another in the mean over all seeds and
-images. Of each mix of these parts: how often a gain is found (p < 0.05), the mean width of the interval beside that of
-Satterthwaite's for crossed effects, and how often Student's t-test on seed means finds a gain.
+Runs get an image right where a latent score is above 0. The score is the sum of a part of the image, a part of the
+image and the network, a part of the seed, and a part of both; no network is better than another in the mean over all
+seeds and images. Of each mix of these parts: how often a gain is found (p < 0.05), the mean width of the interval beside
+that of Satterthwaite's for crossed effects, and how often Student's t-test on seed means finds a gain.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main() -> None:
     lines = [
         f"{given.repeats} comparisons for each row: a rate of 5 % is known to {error:.1f} points. "
         f"NumPy {np.__version__}, SciPy {scipy.__version__}; {date.today()}.\n",
-        "| mix | seeds | images | false alarms, % | of five variants, % | width / Satterthwaite | t-test on seed means, % |",
+        "| mix | seeds | images | false alarms, % | any of five, % | width / Satterthwaite | t-test on seeds, % |",
         "|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)

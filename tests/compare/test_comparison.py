@@ -22,7 +22,7 @@ from PIL import Image
 
 import convattn.compare
 from convattn import networks, reporting
-from convattn.compare import timing
+from convattn.compare import timing, verdict
 from convattn.errors import (
     AttachError,
     ComparisonError,
