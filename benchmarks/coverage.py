@@ -4,8 +4,8 @@ python benchmarks/coverage.py [--repeats 4000] [--images 50,1000] [--markdown FI
 
 Runs get an image right where a latent score is above 0. The score is the sum of a part of the image, a part of the
 image and the network, a part of the seed, and a part of both; no network is better than another in the mean over all
-seeds and images. Of each mix of these parts: how often a gain is found (p < 0.05), the mean width of the interval beside
-that of Satterthwaite's for crossed effects, and how often Student's t-test on seed means finds a gain.
+seeds and images. Of each mix of these parts: how often a gain is found (p < 0.05), the mean width of the interval
+beside that of Satterthwaite's for crossed effects, and how often Student's t-test on seed means finds a gain.
 """
 
 import argparse

@@ -310,7 +310,7 @@ def test_options_arrive(taken: Callable[..., dict[str, Any]]) -> None:
     words = (
         "compare photos --backbone timm:resnet18 --weights pretrained --variants se,cbam+dual --start paper --seeds 3 "
         "--epochs 7 --image-size 96 --batch-size 32 --learning-rate 0.02 --weight-decay 0.001 --no-flip --device cpu "
-        "--jobs 2 --smallest-gain 0.3 --out there --quiet"
+        "--jobs 2 --smallest-gain 0.3 --out there --quiet --until decided --max-seeds 9 --add-seeds 2"
     )
     assert taken(*words.split()) == {
         "data": "photos",
@@ -319,6 +319,9 @@ def test_options_arrive(taken: Callable[..., dict[str, Any]]) -> None:
         "variants": "se,cbam+dual",
         "start": "paper",
         "seeds": 3,
+        "until": "decided",
+        "max_seeds": 9,
+        "add_seeds": 2,
         "epochs": 7,
         "image_size": 96,
         "batch_size": 32,
@@ -342,14 +345,16 @@ def test_options_arrive(taken: Callable[..., dict[str, Any]]) -> None:
         "compare photos --learning-rate 0.0123456789 --weight-decay 0.000123456789 --smallest-gain 0.123456789",
         "compare 'my photos' --backbone 'my net.py:f' --image-size 40 --flip --start identity --seeds 2 --epochs 1",
         "compare photos --no-flip --variants se,cbam+dual --device cpu",
+        "compare photos --until decided --max-seeds 7 --seeds 4",
+        "compare photos --until decided",
     ],
 )
 def test_the_command_in_the_results_repeats_the_comparison(taken: Callable[..., dict[str, Any]], words: str) -> None:
     def parsed(command: str) -> tuple[Any, str]:
         options = taken(*shlex.split(command))
-        options = {key: value for key, value in options.items() if key not in ("out", "quiet")}
+        options = {key: value for key, value in options.items() if key not in ("out", "quiet", "add_seeds")}
         chosen = parse(**options)
-        return (chosen.hashed(), chosen.seeds, chosen.smallest_gain), chosen.command()
+        return (chosen.hashed(), chosen.seeds, chosen.until, chosen.max_seeds, chosen.smallest_gain), chosen.command()
 
     first, command = parsed(words)
     assert command.startswith("convattn compare ")

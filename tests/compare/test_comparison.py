@@ -164,6 +164,7 @@ def test_the_folder(first: Path) -> None:
     assert sorted(path.name for path in first.iterdir()) == [
         "cost.json",
         "images.json",
+        "looks.json",
         "plan.json",
         "report.html",
         "results.json",
@@ -340,14 +341,91 @@ def test_one_seed_more_trains_that_seed_only(world: World, done: Path, quick: No
     assert not (done / "images.npy").exists()
 
 
-def test_fewer_seeds_are_judged_alone(world: World, done: Path, quick: None) -> None:
-    times = stamps(done)
-    results = world.run(out=done, seeds=1)
-    assert stamps(done) == times
-    assert [len(one["scores"]) for one in (results["baseline"], *results["variants"])] == [1, 1, 1]
+def test_a_single_seed(world: World, quick: None) -> None:
+    results = world.run(seeds=1, epochs=1, variants="se")
+    assert [len(one["scores"]) for one in (results["baseline"], *results["variants"])] == [1, 1]
     assert results["variants"][0]["interval95"] is None
     assert results["variants"][0]["verdict"] == "cannot tell"
     assert "cannot tell from a single seed" in results["variants"][0]["sentence"]
+
+
+# looking again
+
+
+def test_fewer_seeds_than_were_looked_at_are_refused(world: World, done: Path, quick: None) -> None:
+    times = stamps(done)
+    with pytest.raises(ComparisonError, match="looked at with 2 seeds already: give --seeds 2 or more"):
+        world.run(out=done, seeds=1)
+    assert stamps(done) == times
+
+
+def test_more_seeds_are_another_look(world: World, done: Path, quick: None) -> None:
+    before, times = read(done), stamps(done)
+    assert before["looks"]["seeds"] == [2]
+    results = convattn.compare.run(done, add_seeds=1, quiet=True)
+    assert stamps(done).items() > times.items()
+    assert results["looks"]["seeds"] == [2, 3] and results["looks"]["most_seeds"] is None
+    assert "look 2 at this comparison, with 3 seeds" in results["looks"]["sentence"]
+    assert results["setting"]["smallest_gain_points"] == before["setting"]["smallest_gain_points"]
+    names = [variant["name"] for variant in results["variants"]]
+    every = {name: right(done, name, 3) for name in names}
+    expected = verdict(right(done, "baseline", 3), every, smallest_gain=0.5, looks=[2, 3])
+    for variant in results["variants"]:
+        gain = expected[variant["name"]].gain
+        assert variant["interval95"] == pytest.approx([gain.low, gain.high], abs=1e-6)
+        assert variant["level"] == pytest.approx(gain.level, abs=1e-6)
+    # the same again is the same look
+    again = world.run(out=done, seeds=3)
+    assert again["looks"] == results["looks"]
+    commands = results["command"].split(" && ")
+    assert "--seeds 2 " in commands[0] and commands[1] == f"convattn compare --add-seeds 1 {done}"
+
+
+@pytest.mark.parametrize("folder", ["nowhere", "empty"])
+def test_seeds_are_added_to_a_comparison_only(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ComparisonError, match="holds no comparison"):
+        convattn.compare.run(tmp_path / folder, add_seeds=1)
+
+
+def test_until_decided(world: World, quick: None, capsys: pytest.CaptureFixture[str]) -> None:
+    # on so few images nothing but the last look decides: every look is one of the plan
+    asked = {"until": "decided", "max_seeds": 4, "epochs": 1, "variants": "se", "out": "until"}
+    results = convattn.compare.run(**world.options(**asked))
+    looks = results["looks"]
+    assert looks["most_seeds"] == 4 and looks["seeds"] == list(range(2, looks["seeds"][-1] + 1))
+    assert looks["saved_runs"] == 2 * (4 - looks["seeds"][-1])
+    assert results["setting"]["seeds"] == list(range(looks["seeds"][-1]))
+    said = capsys.readouterr().out
+    assert all(f"Look {number + 1}, with {seeds} seeds: se " in said for number, seeds in enumerate(looks["seeds"]))
+    assert "--until decided --max-seeds 4" in results["command"] and "--seeds 2 " in results["command"]
+    # the same command again goes on from the last look
+    assert world.run(**asked)["looks"] == looks
+    with pytest.raises(ComparisonError, match="planned to end at 4 seeds"):
+        world.run(**{**asked, "max_seeds": 6})
+    with pytest.raises(ComparisonError, match="planned to end at 4 seeds"):
+        world.run(**{**asked, "until": None, "max_seeds": None, "seeds": 5})
+
+
+def test_until_decided_ends_where_more_seeds_would_hardly_decide(world: World, quick: None) -> None:
+    results = world.run(until="decided", max_seeds=12, epochs=1, variants="se", smallest_gain=100, out="hopeless")
+    assert results["looks"]["seeds"][-1] < 12
+    assert results["looks"]["saved_runs"] > 0
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"until": "sure"},
+        {"max_seeds": 4},
+        {"until": "decided", "seeds": 1},
+        {"until": "decided", "seeds": 5, "max_seeds": 4},
+        {"until": "decided", "max_seeds": 0},
+    ],
+)
+def test_wrong_ends(world: World, asked: dict[str, Any], quick: None) -> None:
+    with pytest.raises(InvalidOption, match=r"compare: (until|max_seeds)"):
+        world.run(**asked)
 
 
 def test_another_smallest_gain_judges_anew(world: World, done: Path, quick: None) -> None:

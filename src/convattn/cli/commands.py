@@ -23,6 +23,8 @@ Examples:
   convattn compare photos/ --backbone timm:resnet18 --weights resnet18.safetensors
   convattn compare cifar/ --weights resnet20-12fca82f.th --variants se,cbam --seeds 10 --jobs 2
   convattn compare photos/ --backbone mine.py:network --epochs 50
+  convattn compare photos/ --until decided --max-seeds 12
+  convattn compare convattn-photos-1a2b3c4d --add-seeds 3
 """
 
 SITES_EXAMPLES = """\b
@@ -72,7 +74,16 @@ def compare(
     start: Annotated[
         str | None, typer.Option(help="identity or paper.", show_default="identity with loaded weights, else paper")
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Trainings of each variant.")] = 5,
+    seeds: Annotated[
+        int | None, typer.Option(help="Trainings of each variant.", show_default="5; with --until the first 3")
+    ] = None,
+    until: Annotated[
+        str | None, typer.Option(help="decided: add seeds one by one until every variant is decided, or hopeless.")
+    ] = None,
+    max_seeds: Annotated[int | None, typer.Option(help="The most seeds with --until.", show_default="12")] = None,
+    add_seeds: Annotated[
+        int | None, typer.Option(help="Go on with the comparison whose folder is given as DATA, with more seeds.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(show_default="30, with loaded weights 10")] = None,
     image_size: Annotated[
         int | None, typer.Option(help="Side in pixels.", show_default="the network's, or the images' if less")
@@ -88,7 +99,9 @@ def compare(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
-    smallest_gain: Annotated[float, typer.Option(help="Percentage points that are worth it.")] = 0.5,
+    smallest_gain: Annotated[
+        float | None, typer.Option(help="Percentage points that are worth it.", show_default="0.5")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the comparison.", show_default="convattn-DATA-HASH")
     ] = None,
@@ -107,6 +120,9 @@ def compare(
         variants=variants,
         start=start,
         seeds=seeds,
+        until=until,
+        max_seeds=max_seeds,
+        add_seeds=add_seeds,
         epochs=epochs,
         image_size=image_size,
         batch_size=batch_size,

@@ -19,7 +19,7 @@ import torch
 
 from convattn import checks, reporting
 from convattn.compare import folder as folders
-from convattn.compare import stats, timing
+from convattn.compare import rounds, stats, timing
 from convattn.compare.display import Display
 from convattn.compare.options import (
     DEFAULT_VARIANTS,
@@ -29,10 +29,11 @@ from convattn.compare.options import (
     fingerprint_of,
     parse,
 )
-from convattn.compare.results import assemble
+from convattn.compare.results import assemble, judged, rights
+from convattn.compare.verdicts import signed
 from convattn.compare.workers import RUNS, run_all
 from convattn.data import ARRAY, Images, Source, check_counts, decode, open_source, split
-from convattn.errors import InvalidOption
+from convattn.errors import ComparisonError, InvalidOption
 from convattn.registry import entry
 from convattn.train import RunSpec, evaluation_shape, finished, start_accuracy, write
 from convattn.train.checkpoint import BASELINE
@@ -47,7 +48,10 @@ def run(
     weights: str | Path | None = None,
     variants: str | Sequence[str] = DEFAULT_VARIANTS,
     start: str | None = None,
-    seeds: int = 5,
+    seeds: int | None = None,
+    until: str | None = None,
+    max_seeds: int | None = None,
+    add_seeds: int | None = None,
     epochs: int | None = None,
     image_size: int | None = None,
     batch_size: int = 128,
@@ -56,7 +60,7 @@ def run(
     flip: bool | None = None,
     device: str = "auto",
     jobs: int = 1,
-    smallest_gain: float = 0.5,
+    smallest_gain: float | None = None,
     out: str | Path | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -73,7 +77,10 @@ def run(
         weights: `"pretrained"`, None for random ones, or a file.
         variants: registered names, joined with `+`, as a sequence or separated by commas.
         start: `"identity"` or `"paper"`; by default identity with loaded weights and paper with random ones.
-        seeds: how many.
+        seeds: how many; by default 5, and 3 to begin with where it goes on until decided.
+        until: `"decided"` adds a seed at a time until every variant is decided or will hardly be, see `max_seeds`.
+        max_seeds: the most seeds then, 12 by default; every look in between spends from one budget.
+        add_seeds: go on with the comparison in the folder `data` with so many seeds more; all else is as it was there.
         epochs: by default 30 from random weights and 10 from loaded ones.
         image_size: side in pixels; by default what the network was made for, or the images' own if that is less.
         batch_size: images in a training step.
@@ -83,7 +90,7 @@ def run(
         device: `"auto"`, `"cpu"`, `"cuda"` or `"mps"`.
         jobs: runs at a time, each with its share of the processor's threads; above 1 they are processes of their own,
             so that a script has to call this below `if __name__ == "__main__"`.
-        smallest_gain: the smallest gain in percentage points that is worth it.
+        smallest_gain: the smallest gain in percentage points that is worth it, 0.5 by default.
         out: the folder; by default named after the data and a hash of the plan.
         quiet: print nothing.
 
@@ -94,6 +101,8 @@ def run(
         ConvattnError: a request that cannot be carried out; nothing was written.
         RunFailed: a run broke.
     """
+    if add_seeds is not None:
+        return _continued(data, add_seeds, jobs=jobs, device=device, smallest_gain=smallest_gain, quiet=quiet)
     options = parse(
         data,
         backbone=backbone,
@@ -110,6 +119,8 @@ def run(
         seeds=seeds,
         jobs=jobs,
         smallest_gain=smallest_gain,
+        until=until,
+        max_seeds=max_seeds,
     )
     display = Display(quiet=quiet)
     for variant in options.variants:
@@ -125,6 +136,21 @@ def run(
         torch.set_num_threads(threads)
 
 
+def _continued(folder: str | Path, more: int, *, smallest_gain: float | None, **how: Any) -> dict[str, Any]:
+    """The comparison of a folder with more seeds."""
+    checks.positive("compare", "add_seeds", more)
+    folder = Path(folder)
+    asked = folders.options_of(folder)
+    taken = rounds.looks(folder, None)
+    if not taken.seeds:
+        raise ComparisonError(f"{folder} is not done yet: give the command that began it once more.")
+    known: dict[str, Any] = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["setting"]
+    smallest = known["smallest_gain_points"] if smallest_gain is None else smallest_gain
+    # what it was trained on, it goes on with
+    how["device"] = asked.pop("device")
+    return run(**asked, seeds=taken.seeds[-1] + more, smallest_gain=smallest, out=folder, **how)
+
+
 def _prepared(options: Options, source: Source, folder: Path, display: Display) -> Images:
     """The images of a comparison, in its folder; the folder is there only if everything in the request is right."""
     fingerprints = {
@@ -133,6 +159,7 @@ def _prepared(options: Options, source: Source, folder: Path, display: Display) 
         "network": fingerprint_of(options.backbone.rpartition(":")[0]),
     }
     known = folders.check(folder, options, fingerprints)
+    rounds.check(folder, options.seeds, options.max_seeds)
     if known and ((folder / ARRAY).exists() or _is_complete(options, folder)):
         return Images.load(folder)
     with contextlib.nullcontext() if known else folders.preparing(folder, options, fingerprints):
@@ -159,6 +186,9 @@ def _decoded(options: Options, source: Source, folder: Path, display: Display) -
 
 def _is_complete(options: Options, folder: Path) -> bool:
     """Whether nothing is left to train or to measure, so that the images are not needed."""
+    if options.until:
+        # what is left shows only when it has been looked at
+        return False
     runs = [folder / RUNS / f"{name}-seed{seed}" for name in _names(options) for seed in range(options.seeds)]
     files = [folder / START, folder / timing.COST]
     return all(finished(run) is not None for run in runs) and all(file.exists() for file in files)
@@ -180,8 +210,6 @@ def _check_forward(network: torch.nn.Module, images: Images, options: Options) -
 
 
 def _carried_out(options: Options, images: Images, folder: Path, display: Display, threads: int) -> dict[str, Any]:
-    share = max(1, threads // options.jobs)
-    specs = [_spec(options, variant, seed, share) for seed in range(options.seeds) for variant in _names(options)]
     firsts = [_spec(options, variant, 0, threads) for variant in _names(options)]
     parts = split(images, 0)
     display.say(
@@ -197,18 +225,36 @@ def _carried_out(options: Options, images: Images, folder: Path, display: Displa
         if seen is not None
         else "With a single seed this comparison can see no gain: it has no interval. Take at least 2, better 5."
     )
-    already = sum(finished(folder / RUNS / spec.name) is not None for spec in specs)
-    with display.watch(len(specs), already):
-        run_all(specs, images, folder, options.jobs, display.update)
+    taken = _rounds(options, images, folder, display, max(1, threads // options.jobs))
     if not (folder / timing.COST).exists():
         display.say("Measuring what each variant costs ...")
     costs = timing.measure(options, firsts, images, folder)
-    results = assemble(options, images, folder, starts, costs)
+    results = assemble(options, images, folder, starts, costs, taken)
     write(folder / RESULTS, json.dumps(results, indent=1))
     report = reporting.write(results, folder)
     (folder / ARRAY).unlink(missing_ok=True)
     _conclude(results, report, display)
     return {**results, "folder": str(folder)}
+
+
+def _rounds(options: Options, images: Images, folder: Path, display: Display, threads: int) -> rounds.Looks:
+    """Train all runs, and go on seed by seed until everything is decided where that was asked for; the looks taken."""
+    taken = rounds.looks(folder, options.max_seeds)
+    seeds = max(options.seeds, *taken.seeds, 1) if options.until else options.seeds
+    while True:
+        specs = [_spec(options, variant, seed, threads) for seed in range(seeds) for variant in _names(options)]
+        already = sum(finished(folder / RUNS / spec.name) is not None for spec in specs)
+        with display.watch(len(specs), already):
+            run_all(specs, images, folder, options.jobs, display.update)
+        taken = rounds.record(folder, taken, seeds)
+        if options.max_seeds is None:
+            return taken
+        found = judged(rights(folder, options.variants, seeds), options.smallest_gain, taken)
+        words = ", ".join(f"{name} {one.word} ({signed(one.gain.points)})" for name, one in found.items())
+        display.say(f"Look {len(taken.seeds)}, with {seeds} seeds: {words}")
+        if rounds.is_over(found, taken, options.max_seeds, options.smallest_gain):
+            return taken
+        seeds += 1
 
 
 def _start_accuracies(

@@ -55,6 +55,17 @@ def plan(folder: Path) -> dict[str, Any]:
     return json.loads((folder / PLAN).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
+def options_of(folder: Path) -> dict[str, Any]:
+    """The options of a comparison's folder that its runs depend on.
+
+    Raises:
+        ComparisonError: the folder holds no comparison.
+    """
+    if not (folder / PLAN).is_file():
+        raise ComparisonError(f"{folder} holds no comparison: give the folder of one. Nothing was changed.")
+    return dict(_plan_of_comparison(folder)["options"])
+
+
 @contextlib.contextmanager
 def preparing(folder: Path, options: Options, fingerprints: dict[str, str | None]) -> Iterator[None]:
     """Make a new comparison's folder around what is put into it; on any error nothing of it is left."""

@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from convattn import checks, networks
 from convattn.attachment import plan
+from convattn.compare.rounds import UNTIL
 from convattn.errors import InvalidOption
 from convattn.nn.base import STARTS
 from convattn.train import Recipe
@@ -24,7 +26,9 @@ RATE, FINE_TUNING_RATE, RATE_BATCH = 0.05, 0.01, 128
 WEIGHT_DECAY = 5e-4
 EPOCHS, FINE_TUNING_EPOCHS = 30, 10
 # these change how many runs there are, where they run or how they are judged, not what any run is
-NOT_HASHED = ("seeds", "jobs", "smallest_gain")
+NOT_HASHED = ("seeds", "jobs", "smallest_gain", "until", "max_seeds")
+SEEDS, FIRST_SEEDS, MAX_SEEDS = 5, 3, 12
+SMALLEST_GAIN = 0.5
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Options:
     seeds: int
     jobs: int
     smallest_gain: float
+    until: str | None = None
+    max_seeds: int | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -66,11 +72,19 @@ class Options:
         digest = hashlib.sha256(json.dumps(self.hashed(), sort_keys=True).encode()).hexdigest()[:8]
         return Path(f"convattn-{data_name}-{digest}")
 
-    def command(self) -> str:
-        """The command line that repeats this comparison."""
+    def command(self, looks: Sequence[int] = (), folder: Path | None = None) -> str:
+        """The command lines that repeat this comparison, with the looks that were taken at it."""
+        if self.until or not looks:
+            return self._command(self.seeds)
+        more = [b - a for a, b in pairwise(looks)]
+        added = [f"convattn compare --add-seeds {count} {_quoted(str(folder))}" for count in more]
+        return " && ".join([self._command(looks[0]) + (f" --out {_quoted(str(folder))}" if added else ""), *added])
+
+    def _command(self, seeds: int) -> str:
         words = ["convattn compare", _quoted(self.data), f"--backbone {_quoted(self.backbone)}"]
         words += [f"--weights {_quoted(self.weights)}"] if self.weights else []
-        words += [f"--variants {','.join(self.variants)}", f"--start {self.start}", f"--seeds {self.seeds}"]
+        words += [f"--variants {','.join(self.variants)}", f"--start {self.start}", f"--seeds {seeds}"]
+        words += [f"--until {self.until} --max-seeds {self.max_seeds}"] if self.until else []
         words += [f"--epochs {self.epochs}", f"--image-size {self.image_size}" if self.image_size else ""]
         words += [f"--batch-size {self.batch_size}", f"--learning-rate {self.learning_rate!r}"]
         words += [f"--weight-decay {self.weight_decay!r}", "--flip" if self.flip else "--no-flip"]
@@ -92,20 +106,35 @@ def parse(
     weight_decay: float,
     flip: bool | None,
     device: str,
-    seeds: int,
+    seeds: int | None,
     jobs: int,
-    smallest_gain: float,
+    smallest_gain: float | None,
+    until: str | None = None,
+    max_seeds: int | None = None,
 ) -> Options:
     """Check every option that can be checked without looking at data or networks, and fill in the defaults."""
     where = "compare"
+    if until is not None:
+        checks.choice(where, "until", until, UNTIL)
+    if max_seeds is not None and until is None:
+        raise InvalidOption("compare: max_seeds is the end of --until decided, and that was not asked for.")
+    seeds = seeds if seeds is not None else FIRST_SEEDS if until else SEEDS
+    most = (max_seeds if max_seeds is not None else MAX_SEEDS) if until else None
     for name, value in (("seeds", seeds), ("jobs", jobs), ("batch_size", batch_size)):
         checks.positive(where, name, value)
+    if most is not None:
+        checks.positive(where, "max_seeds", most)
+        if not 2 <= seeds <= most:
+            raise InvalidOption(
+                f"compare: until={until!r} goes from seeds, 2 or more, to max_seeds; got {seeds}, {most}."
+            )
     for name, optional in (("epochs", epochs), ("image_size", image_size)):
         if optional is not None:
             checks.positive(where, name, optional)
     if learning_rate is not None and not 0 < learning_rate < math.inf:
         raise InvalidOption(f"compare: learning_rate must be above 0 and finite, got {learning_rate}.")
     checks.between(where, "weight_decay", weight_decay, 0, 1)
+    smallest_gain = SMALLEST_GAIN if smallest_gain is None else smallest_gain
     checks.between(where, "smallest_gain", smallest_gain, 0, 100)
     chosen = None if weights in (None, "none") else str(weights)
     start = start or ("identity" if chosen else "paper")
@@ -128,6 +157,8 @@ def parse(
         seeds=seeds,
         jobs=jobs,
         smallest_gain=smallest_gain,
+        until=until,
+        max_seeds=most,
     )
 
 

@@ -1,6 +1,8 @@
 """Everything that the report says, from the folders of the runs."""
 
 import platform
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from statistics import fmean, median
@@ -12,6 +14,7 @@ import convattn
 from convattn.compare import folder as folders
 from convattn.compare import stats, verdicts
 from convattn.compare.options import Options
+from convattn.compare.rounds import Looks
 from convattn.compare.workers import RUNS
 from convattn.data import Images, Split, split
 from convattn.train import finished
@@ -28,28 +31,20 @@ def assemble(
     folder: Path,
     starts: dict[str, float],
     costs: dict[str, Any],
+    looks: Looks,
 ) -> dict[str, Any]:
-    """The results of a comparison whose runs are all done."""
+    """The results of a comparison whose runs are all done, at the last of the looks."""
+    options, asked = replace(options, seeds=looks.seeds[-1]), options
     results = {
         name: [finished(folder / RUNS / f"{name}-seed{seed}") or {} for seed in range(options.seeds)]
         for name in (BASELINE, *options.variants)
     }
-    right: dict[str, np.ndarray] = {
-        name: np.stack([_right(folder / RUNS / f"{name}-seed{seed}") for seed in range(options.seeds)])
-        for name in results
-    }
+    right = rights(folder, options.variants, options.seeds)
     parts = split(images, 0)
     labels = images.labels[parts.test]
     baseline = _common(BASELINE, results, starts, costs)
     baseline["per_class_accuracy"] = _by_class(100.0 * right[BASELINE], labels, len(images.classes))
-    found = verdicts.verdict(
-        right[BASELINE],
-        {name: right[name] for name in options.variants},
-        smallest_gain=options.smallest_gain,
-        confidence=CONFIDENCE,
-        looks=[options.seeds] if options.seeds > 1 else None,
-        costs={name: _cost(name, costs) for name in options.variants},
-    )
+    found = judged(right, options.smallest_gain, looks, {name: _cost(name, costs) for name in options.variants})
     variants = []
     for name, verdict in found.items():
         difference = 100.0 * (right[name].astype(float) - right[BASELINE])
@@ -68,7 +63,8 @@ def assemble(
             "headline": verdicts.headline([(v["name"], v["verdict"]) for v in variants], options.smallest_gain),
             "data": _data(options, images, parts, folder),
             "setting": _setting(options, images, parts, results),
-            "command": options.command(),
+            "looks": _looks(looks, options),
+            "command": asked.command(looks.seeds, folder),
             "versions": _versions(),
             "could_see_points": _could_see([verdict.gain for verdict in found.values()]),
             "baseline": baseline,
@@ -76,6 +72,39 @@ def assemble(
         }
     )
     return content
+
+
+def rights(folder: Path, variants: Sequence[str], seeds: int) -> dict[str, np.ndarray]:
+    """Which test images the baseline and each variant got right, (seeds, images)."""
+    names = (BASELINE, *variants)
+    return {name: np.stack([_right(folder / RUNS / f"{name}-seed{seed}") for seed in range(seeds)]) for name in names}
+
+
+def judged(
+    right: dict[str, np.ndarray], smallest: float, looks: Looks, costs: dict[str, str] | None = None
+) -> dict[str, verdicts.Verdict]:
+    """The verdicts at the last of the looks."""
+    return verdicts.verdict(
+        right[BASELINE],
+        {name: one for name, one in right.items() if name != BASELINE},
+        smallest_gain=smallest,
+        confidence=CONFIDENCE,
+        # of a single seed there is no interval
+        looks=[seeds for seeds in looks.seeds if seeds > 1] or None,
+        most_seeds=looks.most,
+        costs=costs,
+    )
+
+
+def _looks(looks: Looks, options: Options) -> dict[str, Any]:
+    saved = 0 if looks.most is None else (looks.most - looks.seeds[-1]) * (1 + len(options.variants))
+    number = len(looks.seeds)
+    said = f"This is look {number} at this comparison, with {looks.seeds[-1]} seeds."
+    if looks.most is not None:
+        said += f" It was planned to end at {looks.most} seeds at the latest, which saved {saved} runs."
+    elif number > 1:
+        said += f" It was looked at with {', '.join(map(str, looks.seeds[:-1]))} before, which its intervals allow for."
+    return {"seeds": list(looks.seeds), "most_seeds": looks.most, "saved_runs": saved, "sentence": said}
 
 
 def _data(options: Options, images: Images, parts: Split, folder: Path) -> dict[str, Any]:
