@@ -164,6 +164,7 @@ def test_the_folder(first: Path) -> None:
     assert sorted(path.name for path in first.iterdir()) == [
         "cost.json",
         "images.json",
+        "leaks.json",
         "plan.json",
         "report.html",
         "results.json",

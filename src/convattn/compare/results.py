@@ -10,7 +10,7 @@ import numpy as np
 
 import convattn
 from convattn.compare import folder as folders
-from convattn.compare import stats, verdicts
+from convattn.compare import leaks, stats, verdicts
 from convattn.compare.options import Options
 from convattn.compare.workers import RUNS
 from convattn.data import Images, Split, split
@@ -54,12 +54,18 @@ def assemble(
                 "gates": _gates([result["gates"] for result in results[name]]),
             }
         )
+    data = _data(options, images, parts, folder)
+    leak = leaks.leak(data["duplicates"], len(parts.test))
+    headline = verdicts.headline([(v["name"], v["verdict"]) for v in variants], options.smallest_gain)
+    for variant in variants if leak else []:
+        variant["sentence"] = f"Were all test images new: {variant['sentence']}"
     found: dict[str, Any] = _rounded(
         {
             "schema": SCHEMA,
             "convattn": convattn.__version__,
-            "headline": verdicts.headline([(v["name"], v["verdict"]) for v in variants], options.smallest_gain),
-            "data": _data(options, images, parts, folder),
+            "headline": leaks.warning(leak) if leak else headline,
+            "leak": leak,
+            "data": data,
             "setting": _setting(options, images, parts, results),
             "command": options.command(),
             "versions": _versions(),
@@ -82,6 +88,8 @@ def _data(options: Options, images: Images, parts: Split, folder: Path) -> dict[
         "test_per_class": np.bincount(labels, minlength=len(images.classes)).tolist(),
         "fingerprint": folders.plan(folder)["fingerprints"]["images"],
         "left_out": [{"path": one.path, "reason": one.reason} for one in images.left_out],
+        **leaks.counts(images, parts),
+        "duplicates": leaks.search(images, parts, folder),
     }
 
 
