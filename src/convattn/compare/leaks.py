@@ -93,13 +93,12 @@ def warnings(data: dict[str, Any], duplicates: dict[str, Any], tests: int) -> li
 
 def table(classes: tuple[str, ...], numbers: dict[str, list[int]]) -> list[list[str]]:
     """The number of images of each class in each part, as rows of cells with a heading; of many classes, the ends."""
-    order = range(len(classes))
-    # by number, so that of many classes the smallest and the largest are seen
+    order, heading = list(range(len(classes))), "class"
     if len(classes) > MOST_EXAMPLES:
         ranked = sorted(order, key=lambda label: sum(here[label] for here in numbers.values()))
-        order = [*ranked[:3], *ranked[-3:]]  # type: ignore[assignment]
+        order, heading = [*ranked[:3], *ranked[-3:]], f"smallest and largest of {len(classes)} classes"
     rows = [[classes[label], *(f"{here[label]:,}" for here in numbers.values())] for label in order]
-    return [["class", *(NAMES[part] for part in numbers)], *rows]
+    return [[heading, *(NAMES[part] for part in numbers)], *rows]
 
 
 def _told(images: Images, pairs: list[Pair]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class Images:
             classes=tuple(index["classes"]),
             size=index["size"],
             left_out=tuple(LeftOut(**one) for one in index["left_out"]),
-            groups=None if index["groups"] is None else np.array(index["groups"], dtype=np.int64),
+            groups=None if index.get("groups") is None else np.array(index["groups"], dtype=np.int64),
         )
 
 
