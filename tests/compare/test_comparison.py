@@ -164,6 +164,7 @@ def test_the_folder(first: Path) -> None:
     assert sorted(path.name for path in first.iterdir()) == [
         "cost.json",
         "images.json",
+        "leaks.json",
         "looks.json",
         "plan.json",
         "report.html",
@@ -341,8 +342,8 @@ def test_one_seed_more_trains_that_seed_only(world: World, done: Path, quick: No
     assert not (done / "images.npy").exists()
 
 
-def test_a_single_seed(world: World, quick: None) -> None:
-    results = world.run(seeds=1, epochs=1, variants="se")
+def test_a_single_seed(world: World, tmp_path: Path, quick: None) -> None:
+    results = world.run(seeds=1, epochs=1, variants="se", out=tmp_path)
     assert [len(one["scores"]) for one in (results["baseline"], *results["variants"])] == [1, 1]
     assert results["variants"][0]["interval95"] is None
     assert results["variants"][0]["verdict"] == "cannot tell"
@@ -388,9 +389,9 @@ def test_seeds_are_added_to_a_comparison_only(tmp_path: Path, folder: str) -> No
         convattn.compare.run(tmp_path / folder, add_seeds=1)
 
 
-def test_until_decided(world: World, quick: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_until_decided(world: World, tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]) -> None:
     # on so few images nothing but the last look decides: every look is one of the plan
-    asked = {"until": "decided", "max_seeds": 4, "epochs": 1, "variants": "se", "out": "until"}
+    asked = {"until": "decided", "max_seeds": 4, "epochs": 1, "variants": "se", "out": tmp_path / "until"}
     results = convattn.compare.run(**world.options(**asked))
     looks = results["looks"]
     assert looks["most_seeds"] == 4 and looks["seeds"] == list(range(2, looks["seeds"][-1] + 1))
@@ -407,8 +408,8 @@ def test_until_decided(world: World, quick: None, capsys: pytest.CaptureFixture[
         world.run(**{**asked, "until": None, "max_seeds": None, "seeds": 5})
 
 
-def test_until_decided_ends_where_more_seeds_would_hardly_decide(world: World, quick: None) -> None:
-    results = world.run(until="decided", max_seeds=12, epochs=1, variants="se", smallest_gain=100, out="hopeless")
+def test_until_decided_ends_where_more_seeds_would_hardly_decide(world: World, tmp_path: Path, quick: None) -> None:
+    results = world.run(until="decided", max_seeds=12, epochs=1, variants="se", smallest_gain=100, out=tmp_path)
     assert results["looks"]["seeds"][-1] < 12
     assert results["looks"]["saved_runs"] > 0
 

@@ -175,12 +175,19 @@ def test_a_text_file_in_an_archive_leaves_nothing_but_the_message(tmp_path: Path
         listing(archive)
 
 
-@pytest.mark.parametrize("part", ["train", "test"])
-def test_classes_that_differ_between_parts(tmp_path: Path, part: str) -> None:
+def test_a_class_that_training_lacks(tmp_path: Path) -> None:
     data = write_parts(tmp_path / "data", train=2, test=2)
-    (data / part / "yellow").mkdir()
-    with pytest.raises(DataError, match=r"test and .*train differ in the class folders yellow"):
+    (data / "test" / "red").rename(data / "test" / "Red")
+    with pytest.raises(DataError, match=r"test and .*train differ in the class folders Red, red"):
         listing(data)
+
+
+def test_a_class_that_only_training_has(tmp_path: Path) -> None:
+    data = write_parts(tmp_path / "data", train=2, test=2)
+    shutil.rmtree(data / "test" / "red")
+    found = listing(data)
+    assert found.classes == CLASSES
+    assert {one.label for one in found.found if one.part == "test"} == {0, 1}
 
 
 def test_a_folder_beside_the_parts(tmp_path: Path) -> None:
@@ -222,7 +229,7 @@ def test_too_few_classes(tmp_path: Path) -> None:
 
 
 def test_no_such_data(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"No data at .*nowhere: give a folder of class folders, an archive of one, or"):
+    with pytest.raises(DataError, match=r"No data at .*nowhere: give a folder of class folders, an archive of one, a"):
         open_source(tmp_path / "nowhere")
 
 

@@ -1,11 +1,13 @@
 """Training, validation and test images: stratified, the test images the same for every seed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convattn.data import Images, check_counts, split
+from convattn.data import Images, check_counts, per_class, split
 from convattn.errors import DataError
 
 PARTS = ("train", "validation", "test")
@@ -120,8 +122,6 @@ def test_missing_test_is_cut_off_training() -> None:
         ({"train": [1, 9], "test": [1, 1]}, "class 0", 1, 2),
         ({"train": [1, 9], "validation": [1, 1]}, "class 0", 1, 2),
         ({"train": [9, 0], "validation": [1, 1], "test": [1, 1]}, "class 1", 0, 1),
-        ({"train": [9, 9], "validation": [1, 1], "test": [0, 1]}, "class 0", 0, 1),
-        ({"train": [9, 9], "validation": [1, 0], "test": [1, 1]}, "class 1", 0, 1),
     ],
 )
 def test_too_few_images(counts: dict[str, list[int]], few: str, here: int, needed: int) -> None:
@@ -142,3 +142,106 @@ def test_just_enough_images(counts: dict[str, list[int]]) -> None:
     check_counts(found)
     parts = split(found, 0)
     assert all(counted(found, getattr(parts, part)) == [1, 1] for part in PARTS)
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_a_class_that_a_given_part_lacks_is_told(part: str) -> None:
+    counts = {"train": [9, 9], "validation": [1, 1], "test": [1, 1], part: [0, 2]}
+    found = images(**counts)
+    check_counts(found)
+    assert per_class(found, split(found, 0)) == counts
+
+
+# groups
+
+
+def grouped(groups: list[list[int]], part: str = "given_in_none", **others: list[int]) -> Images:
+    """Images in groups, each given by its number of images of each class; those of other parts alone in theirs."""
+    totals = np.array(groups).sum(axis=0)
+    found = images(**{part: totals.tolist()}, **others)
+    numbers = [
+        group for label in range(len(totals)) for group, counts in enumerate(groups) for _ in range(counts[label])
+    ]
+    rest = range(len(groups), len(groups) + len(found.labels) - len(numbers))
+    return replace(found, groups=np.array([*numbers, *rest]))
+
+
+def torn(found: Images, seed: int) -> set[int]:
+    """Groups with images in more than one part."""
+    parts = split(found, seed)
+    inside = [set(found.groups[getattr(parts, part)]) for part in PARTS]  # type: ignore[index]
+    return {group for one, other in ((0, 1), (0, 2), (1, 2)) for group in inside[one] & inside[other]}
+
+
+@given(
+    groups=st.lists(st.lists(st.integers(1, 9), min_size=3, max_size=3), min_size=3, max_size=30),
+    seed=st.integers(0, 2**31),
+)
+@settings(deadline=None, max_examples=80)
+def test_no_group_is_torn_and_every_class_is_in_every_part(groups: list[list[int]], seed: int) -> None:
+    found = grouped(groups)
+    check_counts(found)
+    assert not torn(found, seed)
+    parts = split(found, seed)
+    assert sum(len(getattr(parts, part)) for part in PARTS) == len(found.labels)
+    for part in PARTS:
+        assert min(counted(found, getattr(parts, part))) >= 1
+
+
+@given(
+    sizes=st.lists(st.lists(st.integers(1, 20), min_size=3, max_size=15), min_size=2, max_size=4),
+    seed=st.integers(0, 2**31),
+)
+@settings(deadline=None, max_examples=80)
+def test_groups_of_one_class(sizes: list[list[int]], seed: int) -> None:
+    groups = [[size * (label == own) for own in range(len(sizes))] for label, some in enumerate(sizes) for size in some]
+    found = grouped(groups)
+    check_counts(found)
+    assert not torn(found, seed)
+    for part in PARTS:
+        assert min(counted(found, getattr(split(found, seed), part))) >= 1
+
+
+def test_shares_of_groups() -> None:
+    # 40 patients with 5 images each of one class or two
+    found = grouped([[5, 0], [0, 5], [3, 2], [1, 4]] * 10)
+    for seed in range(5):
+        parts = split(found, seed)
+        assert [counted(found, parts.test)[label] for label in (0, 1)] == pytest.approx([18, 22], abs=2)
+        assert [counted(found, parts.validation)[label] for label in (0, 1)] == pytest.approx([11, 13], abs=3)
+
+
+def test_test_groups_are_the_same_for_all_seeds_and_the_rest_is_cut_anew() -> None:
+    found = grouped([[5, 0], [0, 5], [3, 2], [1, 4]] * 10)
+    parts = [split(found, seed) for seed in range(8)]
+    assert all(np.array_equal(one.test, parts[0].test) for one in parts)
+    assert len({tuple(one.validation) for one in parts}) == 8
+
+
+def test_a_large_group_stays_in_training() -> None:
+    found = grouped([[200, 200], *[[2, 2]] * 30])
+    for seed in range(5):
+        assert 0 in found.groups[split(found, seed).train]  # type: ignore[index]
+
+
+def test_given_parts_keep_their_groups() -> None:
+    found = grouped([[3, 3]] * 10, "train", test=[4, 4])
+    for seed in range(3):
+        parts = split(found, seed)
+        assert {found.parts[index] for index in parts.test} == {"test"}
+        assert counted(found, parts.test) == [4, 4]
+        assert not torn(found, seed)
+
+
+def test_too_few_groups() -> None:
+    with pytest.raises(DataError, match="'class 1' has too few groups: 2, expected at least 3; add some, or leave out"):
+        check_counts(grouped([[5, 5], [5, 5], [5, 0]]))
+
+
+def test_groups_that_cannot_be_dealt() -> None:
+    # each class is in three groups, and yet there is no way
+    found = grouped([[1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1]])
+    check_counts(found)
+    with pytest.raises(DataError, match="cannot be dealt to training, validation and test without tearing one"):
+        for seed in range(5):
+            split(found, seed)

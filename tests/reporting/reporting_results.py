@@ -38,6 +38,10 @@ def results(
             "test": 360,
             "test_per_class": [36 for _ in classes],
             "left_out": [],
+            "per_class": {part: [36 for _ in classes] for part in ("train", "validation", "test")},
+            "missing_classes": {},
+            "one_class": [],
+            "duplicates": {"exact": 0, "near": 0, "other_class": 0, "examples": []},
             "fingerprint": "9f2c41d07ab8e6335c1d",
         },
         "setting": {
@@ -61,6 +65,7 @@ def results(
         "versions": {"python": "3.11.7", "torch": "2.9.0", "timm": "1.0.20", "numpy": "2.3.1"},
         "could_see_points": 1.9 if seeds > 1 else None,
         "headline": "CBAM is worth it here. For the others this comparison is too small, or they gain nothing.",
+        "leak": None,
         "baseline": {
             "name": "baseline",
             "scores": [98.1 + 0.2 * seed for seed in range(seeds)],

@@ -15,7 +15,7 @@ import convattn.reporting
 from convattn.errors import ComparisonError, MissingExtra
 from convattn.reporting.page import render
 
-VOID = {"meta", "link", "br"}
+VOID = {"meta", "link", "br", "img"}
 
 
 class Page(HTMLParser):
@@ -68,6 +68,7 @@ def test_everything_is_there_in_its_order() -> None:
         "Cost against gain",
         "Gain per class",
         "How far the gates have left identity",
+        "The images",
         "Images left out",
         "Setting and versions",
         "How to repeat it",
@@ -125,6 +126,53 @@ def test_images_left_out_are_named_on_the_first_screen_and_listed() -> None:
     assert "600 images were left out: which, and why ." in page.text
     assert "train/cat/499.jpg truncated" in page.text and "train/cat/500.jpg" not in page.text
     assert "the first 500" in page.text
+
+
+def duplicates(exact: int, near: int, name: str = "cat.png") -> dict[str, Any]:
+    pair = {"test": f"test/{name}", "train": f"train/{name}", "test_class": "cat", "train_class": "dog"}
+    examples = [{**pair, "exact": place < exact, "similarity": 0.9} for place in range(min(exact + near, 20))]
+    for one in examples[:6]:
+        one["pictures"] = ["iVBORw0KGgo=", "iVBORw0KGgp="]
+    return {"exact": exact, "near": near, "other_class": exact + near, "examples": examples}
+
+
+def test_a_leak_is_on_the_first_screen_and_shown_in_pairs() -> None:
+    given = results(["se"])
+    given["data"]["duplicates"] = duplicates(40, 10)
+    given["leak"] = {"test_images": 50, "of": 360, "exact": 40, "near": 10, "pairs": []}
+    given["headline"] = "Warning: 50 of 360 test images are in the training images as well."
+    page = Page(render(given))
+    beginning = page.text[: page.text.index("Gain over the baseline")]
+    assert given["headline"] in beginning
+    assert "50 test images are in the training images as well: which" in beginning
+    assert "40 pixel for pixel and 10 nearly so. A network may know the right answers by heart" in page.text
+    assert "50 of them have another class there" in page.text
+    pictures = [attributes for tag, attributes in page.elements if tag == "img"]
+    assert [one["alt"] for one in pictures] == ["Test image test/cat.png", "Training image train/cat.png"] * 6
+    assert {one["src"] for one in pictures} == {f"data:image/png;base64,iVBORw0KGg{end}=" for end in "op"}
+    assert page.text.count("the same pixels, of the classes cat and dog") == 6
+    assert "These are the first 6" in page.text
+
+
+def test_few_duplicates_are_no_leak() -> None:
+    given = results(["se"])
+    given["data"]["duplicates"] = duplicates(0, 1, '"><script>alert(1)</script>')
+    html = render(given)
+    text = Page(html).text
+    assert "1 test image is in the training images as well" in text
+    assert "That is too few to move a gain by more than 0.28 points." in text
+    assert "<script" not in html
+
+
+def test_classes_that_a_part_lacks_are_on_the_first_screen() -> None:
+    given = results(["se"], classes=["cat", "dog", "<b>"])
+    given["data"] |= {"missing_classes": {"test": ["dog", "<b>"]}, "one_class": ["test"]}
+    given["data"]["per_class"]["test"] = [36, 0, 0]
+    text = Page(render(given)).text
+    beginning = text[: text.index("Gain over the baseline")]
+    assert "2 classes have no test image: dog, <b> ." in beginning
+    assert "The test images are all of one class." in beginning
+    assert "dog 36 36 0" in text
 
 
 def test_hostile_names_stay_text() -> None:

@@ -60,7 +60,11 @@ def _root(
 @app.command(epilog=COMPARE_EXAMPLES)
 def compare(
     data: Annotated[
-        str, typer.Argument(help="Folder of class folders, an archive (.zip, .tar.xz) of one, or 'digits'.")
+        str,
+        typer.Argument(
+            help="Folder of class folders, an archive (.zip, .tar.xz) of one, a .csv of path,label[,split][,group], or "
+            "'digits'."
+        ),
     ],
     backbone: Annotated[
         str, typer.Option(help="resnet20 to resnet110, timm:NAME, torchvision:NAME or FILE.py:function.")

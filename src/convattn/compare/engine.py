@@ -2,6 +2,7 @@
 
 plan.json     what was asked for, with fingerprints of data and weights; written first
 images.npy    all images decoded, with images.json; the array is gone when everything is done
+leaks.json    the test images that are among the others as well
 start.json    test accuracy of every variant before training
 runs/         a folder for every run
 cost.json     parameters, multiply-adds and latency, measured after the last run
@@ -19,7 +20,7 @@ import torch
 
 from convattn import checks, reporting
 from convattn.compare import folder as folders
-from convattn.compare import rounds, stats, timing
+from convattn.compare import leaks, rounds, stats, timing
 from convattn.compare.display import Display
 from convattn.compare.options import (
     DEFAULT_VARIANTS,
@@ -32,9 +33,10 @@ from convattn.compare.options import (
 from convattn.compare.results import assemble, judged, rights
 from convattn.compare.verdicts import signed
 from convattn.compare.workers import RUNS, run_all
-from convattn.data import ARRAY, Images, Source, check_counts, decode, open_source, split
+from convattn.data import ARRAY, Images, Source, Split, check_counts, decode, open_source, split
 from convattn.errors import ComparisonError, InvalidOption
 from convattn.registry import entry
+from convattn.tables import aligned
 from convattn.train import RunSpec, evaluation_shape, finished, start_accuracy, write
 from convattn.train.checkpoint import BASELINE
 
@@ -71,7 +73,8 @@ def run(
     chosen on validation images, the score is taken on test images, which are the same for all runs.
 
     Args:
-        data: a folder of class folders, with or without `train`, `val` and `test` above them; an archive of one; or
+        data: a folder of class folders, with or without `train`, `val` and `test` above them; an archive of one; a CSV
+            file with the columns `path,label[,split][,group]`, where no group is torn between the splits; or
             `"digits"`.
         backbone: see `convattn.networks.create`.
         weights: `"pretrained"`, None for random ones, or a file.
@@ -180,6 +183,9 @@ def _decoded(options: Options, source: Source, folder: Path, display: Display) -
     finally:
         folders.clear(folder)
     check_counts(images)
+    for seed in range(options.seeds):
+        # groups may not fit, which should be known before the first run
+        split(images, seed)
     _check_forward(network, images, options)
     return images
 
@@ -190,7 +196,7 @@ def _is_complete(options: Options, folder: Path) -> bool:
         # what is left shows only when it has been looked at
         return False
     runs = [folder / RUNS / f"{name}-seed{seed}" for name in _names(options) for seed in range(options.seeds)]
-    files = [folder / START, folder / timing.COST]
+    files = [folder / START, folder / timing.COST, folder / leaks.LEAKS]
     return all(finished(run) is not None for run in runs) and all(file.exists() for file in files)
 
 
@@ -217,6 +223,7 @@ def _carried_out(options: Options, images: Images, folder: Path, display: Displa
         f"{len(parts.test):,} test images of {images.size} x {images.size} pixels; {options.backbone} with "
         f"{options.weights or 'random'} weights; results in {folder}"
     )
+    _tell_what_is_wrong(images, parts, folder, display)
     starts = _start_accuracies(firsts, images, folder, display, len(parts.test))
     seen = stats.detectable(options.seeds, len(parts.test), variants=len(options.variants))
     display.say(
@@ -240,6 +247,7 @@ def _carried_out(options: Options, images: Images, folder: Path, display: Displa
 def _rounds(options: Options, images: Images, folder: Path, display: Display, threads: int) -> rounds.Looks:
     """Train all runs, and go on seed by seed until everything is decided where that was asked for; the looks taken."""
     taken = rounds.looks(folder, options.max_seeds)
+    groups = None if images.groups is None else images.groups[split(images, 0).test]
     seeds = max(options.seeds, *taken.seeds, 1) if options.until else options.seeds
     while True:
         specs = [_spec(options, variant, seed, threads) for seed in range(seeds) for variant in _names(options)]
@@ -249,12 +257,22 @@ def _rounds(options: Options, images: Images, folder: Path, display: Display, th
         taken = rounds.record(folder, taken, seeds)
         if options.max_seeds is None:
             return taken
-        found = judged(rights(folder, options.variants, seeds), options.smallest_gain, taken)
+        found = judged(rights(folder, options.variants, seeds), options.smallest_gain, taken, groups)
         words = ", ".join(f"{name} {one.word} ({signed(one.gain.points)})" for name, one in found.items())
         display.say(f"Look {len(taken.seeds)}, with {seeds} seeds: {words}")
         if rounds.is_over(found, taken, options.max_seeds, options.smallest_gain):
             return taken
         seeds += 1
+
+
+def _tell_what_is_wrong(images: Images, parts: Split, folder: Path, display: Display) -> None:
+    counts = leaks.counts(images, parts)
+    for line in aligned(leaks.table(images.classes, counts["per_class"]), "<>>>"):
+        display.say(f"  {line}")
+    if not (folder / leaks.LEAKS).exists():
+        display.say("Looking for test images among the others ...")
+    for line in leaks.warnings(counts, leaks.search(images, parts, folder), len(parts.test)):
+        display.warn(line)
 
 
 def _start_accuracies(

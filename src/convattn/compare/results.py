@@ -12,7 +12,7 @@ import numpy as np
 
 import convattn
 from convattn.compare import folder as folders
-from convattn.compare import stats, verdicts
+from convattn.compare import leaks, stats, verdicts
 from convattn.compare.options import Options
 from convattn.compare.rounds import Looks
 from convattn.compare.workers import RUNS
@@ -44,7 +44,9 @@ def assemble(
     labels = images.labels[parts.test]
     baseline = _common(BASELINE, results, starts, costs)
     baseline["per_class_accuracy"] = _by_class(100.0 * right[BASELINE], labels, len(images.classes))
-    found = judged(right, options.smallest_gain, looks, {name: _cost(name, costs) for name in options.variants})
+    groups = None if images.groups is None else images.groups[parts.test]
+    said = {name: _cost(name, costs) for name in options.variants}
+    found = judged(right, options.smallest_gain, looks, groups, said)
     variants = []
     for name, verdict in found.items():
         difference = 100.0 * (right[name].astype(float) - right[BASELINE])
@@ -56,12 +58,18 @@ def assemble(
                 "gates": _gates([result["gates"] for result in results[name]]),
             }
         )
+    data = _data(options, images, parts, folder)
+    leak = leaks.leak(data["duplicates"], len(parts.test))
+    headline = verdicts.headline([(v["name"], v["verdict"]) for v in variants], options.smallest_gain)
+    for variant in variants if leak else []:
+        variant["sentence"] = f"Were all test images new: {variant['sentence']}"
     content: dict[str, Any] = _rounded(
         {
             "schema": SCHEMA,
             "convattn": convattn.__version__,
-            "headline": verdicts.headline([(v["name"], v["verdict"]) for v in variants], options.smallest_gain),
-            "data": _data(options, images, parts, folder),
+            "headline": leaks.warning(leak) if leak else headline,
+            "leak": leak,
+            "data": data,
             "setting": _setting(options, images, parts, results),
             "looks": _looks(looks, options),
             "command": asked.command(looks.seeds, folder),
@@ -81,13 +89,18 @@ def rights(folder: Path, variants: Sequence[str], seeds: int) -> dict[str, np.nd
 
 
 def judged(
-    right: dict[str, np.ndarray], smallest: float, looks: Looks, costs: dict[str, str] | None = None
+    right: dict[str, np.ndarray],
+    smallest: float,
+    looks: Looks,
+    groups: np.ndarray | None,
+    costs: dict[str, str] | None = None,
 ) -> dict[str, verdicts.Verdict]:
-    """The verdicts at the last of the looks."""
+    """The verdicts at the last of the looks; `groups` are those of the test images."""
     return verdicts.verdict(
         right[BASELINE],
         {name: one for name, one in right.items() if name != BASELINE},
         smallest_gain=smallest,
+        groups=groups,
         confidence=CONFIDENCE,
         # of a single seed there is no interval
         looks=[seeds for seeds in looks.seeds if seeds > 1] or None,
@@ -118,6 +131,8 @@ def _data(options: Options, images: Images, parts: Split, folder: Path) -> dict[
         "test_per_class": np.bincount(labels, minlength=len(images.classes)).tolist(),
         "fingerprint": folders.plan(folder)["fingerprints"]["images"],
         "left_out": [{"path": one.path, "reason": one.reason} for one in images.left_out],
+        **leaks.counts(images, parts),
+        "duplicates": leaks.search(images, parts, folder),
     }
 
 

@@ -1,9 +1,11 @@
 """Images in: found in folders, decoded once, split by seed, served in augmented batches."""
 
 from convattn.data.batches import Batches, batches, evaluation_batches
+from convattn.data.duplicates import Pair, find_duplicates
 from convattn.data.images import ARRAY, INDEX, Images, decode, read_image, stored_size
-from convattn.data.source import Found, LeftOut, Listing, Source, open_source
-from convattn.data.split import Split, check_counts, split
+from convattn.data.listing import Found, LeftOut, Listing
+from convattn.data.source import Source, open_source
+from convattn.data.split import Split, check_counts, per_class, split
 
 __all__ = [
     "ARRAY",
@@ -13,13 +15,16 @@ __all__ = [
     "Images",
     "LeftOut",
     "Listing",
+    "Pair",
     "Source",
     "Split",
     "batches",
     "check_counts",
     "decode",
     "evaluation_batches",
+    "find_duplicates",
     "open_source",
+    "per_class",
     "read_image",
     "split",
     "stored_size",

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from convattn import checks
-from convattn.data.source import Found, LeftOut, Listing
+from convattn.data.listing import Found, LeftOut, Listing
 from convattn.errors import DataError
 
 ARRAY, INDEX = "images.npy", "images.json"
@@ -27,7 +27,8 @@ NO_PIXELS = np.empty((0, 0, 0, 3), dtype=np.uint8)
 class Images:
     """Decoded images (N, S, S, 3) of bytes, with their paths, classes and parts.
 
-    `size` is the side that networks see, at most the stored side S.
+    `size` is the side that networks see, at most the stored side S. `groups` has a number for each image, the same for
+    those that belong together (a patient, a video); None where the data name no groups.
     """
 
     pixels: np.ndarray
@@ -37,6 +38,7 @@ class Images:
     classes: tuple[str, ...]
     size: int
     left_out: tuple[LeftOut, ...]
+    groups: np.ndarray | None = None
 
     @classmethod
     def load(cls, folder: Path) -> "Images":
@@ -52,6 +54,7 @@ class Images:
             classes=tuple(index["classes"]),
             size=index["size"],
             left_out=tuple(LeftOut(**one) for one in index["left_out"]),
+            groups=None if index.get("groups") is None else np.array(index["groups"], dtype=np.int64),
         )
 
 
@@ -88,9 +91,13 @@ def decode(
         image_size: the side in pixels that networks see; None for `wanted_size`, or the images' own if that is smaller.
         wanted_size: the side that the network was made for, if any.
         progress: called with the number of images done and of all.
+
+    Raises:
+        DataError: no image of a given part can be decoded.
     """
     size = image_size or _default_size(listing, wanted_size)
     kept, left_out = _write_pixels(listing, folder, stored_size(size), progress)
+    _check_parts_kept(listing, kept, left_out)
     index = {
         "paths": [one.path for one in kept],
         "labels": [one.label for one in kept],
@@ -98,9 +105,26 @@ def decode(
         "classes": listing.classes,
         "size": size,
         "left_out": [asdict(one) for one in left_out],
+        "groups": _numbered([one.group for one in kept]),
     }
     (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
     return Images.load(folder)
+
+
+def _check_parts_kept(listing: Listing, kept: list[Found], left_out: list[LeftOut]) -> None:
+    """Whether every given part has an image left: one without would be cut off another, and nobody would know."""
+    part_of = {one.path: one.part for one in listing.found}
+    lost = set(part_of.values()) - {one.part for one in kept} - {""}
+    for one in left_out:
+        if part_of[one.path] in lost:
+            raise DataError(f"No {part_of[one.path]} image can be decoded: {one.path}: {one.reason}.")
+
+
+def _numbered(groups: list[str | None]) -> list[int] | None:
+    """A number for each name, the same for the same name; None without names."""
+    if None in groups or not groups:
+        return None
+    return np.unique(np.array(groups), return_inverse=True)[1].tolist()  # type: ignore[no-any-return]
 
 
 def _write_pixels(

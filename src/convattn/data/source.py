@@ -1,4 +1,4 @@
-"""Where images come from: a folder of class folders, an archive of one, or the digits that ship with scikit-learn."""
+"""Where images come from: class folders, an archive of them, a table of files, or the digits of scikit-learn."""
 
 import hashlib
 import os
@@ -10,41 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from convattn import checks
+from convattn.data import table
+from convattn.data.listing import PARTS, Found, Listing
 from convattn.errors import DataError
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 ARCHIVES = (".tar.xz", ".tar.gz", ".tgz", ".tar", ".zip")
-PARTS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 # left by file managers, never meant
 CLUTTER = {"__MACOSX", "Thumbs.db", "desktop.ini"}
 BUILT_IN = "digits"
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A file that is not used, and why."""
-
-    path: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Found:
-    """One image file: its path relative to the data, its class, and the part it was given in ("" if in none)."""
-
-    path: str
-    label: int
-    part: str
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The classes and image files of a source, both sorted; `root` is None where `pixels` (N, H, W, 3) are at hand."""
-
-    classes: tuple[str, ...]
-    found: tuple[Found, ...]
-    root: Path | None = None
-    pixels: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -55,10 +29,18 @@ class Source:
     path: Path | None
 
     def fingerprint(self) -> str:
-        """A hash of every file's name and content, or of the archive."""
+        """A hash of every file's name and content, or of the archive.
+
+        Raises:
+            DataError: a table names files that are not there.
+        """
         digest = hashlib.blake2b(digest_size=16)
         if self.path is None:
             digest.update(_digits()[0].tobytes())
+        elif table.is_table(self.path):
+            _update(digest, self.path)
+            for one in table.read(self.path).found:
+                _update(digest, self.path.parent / one.path)
         elif self.path.is_file():
             _update(digest, self.path)
         else:
@@ -71,10 +53,12 @@ class Source:
         """What the source holds; an archive is unpacked to the folder `unpacked` first.
 
         Raises:
-            DataError: see `scan`; or the archive is damaged.
+            DataError: see `scan` and `table.read`; or the archive is damaged.
         """
         if self.path is None:
             return _digit_listing()
+        if table.is_table(self.path):
+            return table.read(self.path)
         if self.path.is_dir():
             return scan(self.path)
         unpacked.mkdir(parents=True)
@@ -92,7 +76,7 @@ class Source:
 
 
 def open_source(data: str | Path) -> Source:
-    """The source of a name: `digits`, a folder or an archive.
+    """The source of a name: `digits`, a folder, an archive or a table.
 
     Raises:
         DataError: there is no such folder or file, or it is neither.
@@ -101,11 +85,17 @@ def open_source(data: str | Path) -> Source:
         return Source(BUILT_IN, None)
     path = Path(data)
     if not path.exists():
-        raise DataError(f"No data at {path}: give a folder of class folders, an archive of one, or '{BUILT_IN}'.")
-    if path.is_file() and not path.name.lower().endswith(ARCHIVES):
-        raise DataError(f"{path} is a file, expected a folder of class folders or an archive ({', '.join(ARCHIVES)}).")
+        raise DataError(
+            f"No data at {path}: give a folder of class folders, an archive of one, a {table.SUFFIX} of files, or "
+            f"'{BUILT_IN}'."
+        )
+    if path.is_file() and not path.name.lower().endswith((*ARCHIVES, table.SUFFIX)):
+        raise DataError(
+            f"{path} is a file, expected a folder of class folders or an archive ({', '.join(ARCHIVES)}) of one, or a "
+            f"table of files ({table.SUFFIX})."
+        )
     name = path.resolve().name
-    for suffix in ARCHIVES:
+    for suffix in (*ARCHIVES, table.SUFFIX):
         name = name[: -len(suffix)] if path.is_file() and name.lower().endswith(suffix) else name
     return Source(name, path)
 
@@ -114,7 +104,7 @@ def scan(root: Path) -> Listing:
     """The classes and image files below a folder.
 
     Raises:
-        DataError: fewer than two classes, classes that differ between parts, or a file that is no image.
+        DataError: fewer than two classes, a part with a class that training lacks, or a file that is no image.
     """
     folders = _folders(root)
     while len(folders) == 1 and folders[0].name.lower() not in PARTS:
@@ -130,13 +120,15 @@ def scan(root: Path) -> Listing:
         )
     found = []
     for name, folder in given.items():
-        odd = sorted({folder.name for folder in _folders(folder)} ^ set(classes))
-        if odd:
+        here = {folder.name for folder in _folders(folder)}
+        # a class that only training has can be learned; one that it lacks cannot, and is often the other one misspelt
+        if here - set(classes):
+            odd = sorted(here ^ set(classes))
             raise DataError(f"{folder} and {given['train']} differ in the class folders {', '.join(odd[:5])}.")
-        here = _images(root, folder, classes, PARTS[name])
-        if not here:
+        images = _images(root, folder, classes, PARTS[name])
+        if not images:
             raise DataError(f"{folder} has class folders but no images in them.")
-        found += here
+        found += images
     if not given:
         found = _images(root, root, classes, "")
     return Listing(tuple(classes), tuple(found), root)

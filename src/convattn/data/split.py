@@ -1,6 +1,6 @@
 """Which image is for training, validation and test. Pure functions of the data and the seed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -27,39 +27,65 @@ def split(images: Images, seed: int) -> Split:
     """The parts for one seed: given parts as they are, missing ones cut in equal shares of every class.
 
     The test images are the same for all seeds; training and validation are cut anew for each seed, the same for all
-    variants.
+    variants. A group is never cut: all of its images are in one part, and the shares are as equal as that allows.
+
+    Raises:
+        DataError: a class whose groups cannot be dealt to all parts.
     """
     parts = np.array(images.parts)
     test = np.flatnonzero(parts == "test")
     validation = np.flatnonzero(parts == "validation")
     train = np.flatnonzero((parts == "train") | (parts == ""))
     if not test.size:
-        train, test = _cut(train, images.labels, TEST_SHARE, TEST_CUT)
+        # where validation is still to be cut, two groups of every class have to be left
+        train, test = _cut(images, train, TEST_SHARE, TEST_CUT, 1 if validation.size else 2)
     if not validation.size:
-        train, validation = _cut(train, images.labels, VALIDATION_SHARE, seed)
+        train, validation = _cut(images, train, VALIDATION_SHARE, seed, 1)
     return Split(train, validation, test)
 
 
+def per_class(images: Images, parts: Split) -> dict[str, list[int]]:
+    """How many images of each class are in each part."""
+    classes = len(images.classes)
+    return {
+        field.name: np.bincount(images.labels[getattr(parts, field.name)], minlength=classes).tolist()
+        for field in fields(parts)
+    }
+
+
 def check_counts(images: Images) -> None:
-    """Raise `DataError` if a class has too few images for one in every part."""
+    """Raise `DataError` if a class has too few images, or groups of them, for one in every part that is cut.
+
+    A class that a given validation or test part lacks is no error: `per_class` tells it.
+    """
     given = set(images.parts)
-    for part in sorted(given):
-        # a part that is missing takes at least one image of every class from here
-        needed = 1
-        if part in ("", "train"):
-            needed = 1 + ("test" not in given) + ("validation" not in given)
-        here = np.bincount(images.labels[np.array(images.parts) == part], minlength=len(images.classes))
-        few = int(here.argmin())
-        if here[few] < needed:
-            where = f" in {part}" if part else ""
-            raise DataError(
-                f"The class {images.classes[few]!r} has too few usable images{where}: {here[few]}, expected at least "
-                f"{needed}; add images, or remove its folder."
+    # every part that is missing takes at least one of every class from the images for training
+    needed = 1 + ("test" not in given) + ("validation" not in given)
+    pool = np.flatnonzero(np.isin(images.parts, ("", "train")))
+    here = np.bincount(images.labels[pool], minlength=len(images.classes))
+    what = "usable images"
+    if images.groups is not None and here.min() >= needed:
+        pairs = np.unique(np.stack([images.groups[pool], images.labels[pool]]), axis=1)
+        here, what = np.bincount(pairs[1], minlength=len(images.classes)), "groups"
+    few = int(here.argmin())
+    if here[few] < needed:
+        where = " in train" if "train" in given else ""
+        raise DataError(
+            f"The class {images.classes[few]!r} has too few {what}{where}: {here[few]}, expected at least {needed}; "
+            + (
+                "add images, or remove the class."
+                if what == "usable images"
+                else "add some, or leave out the column group."
             )
+        )
 
 
-def _cut(indices: np.ndarray, labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _cut(images: Images, indices: np.ndarray, share: float, seed: int, left: int) -> tuple[np.ndarray, np.ndarray]:
     """Cut a share of every class, at least one image, off `indices`: the rest and the share."""
+    labels = images.labels
+    if images.groups is not None:
+        inside = _whole_groups(images.groups[indices], labels[indices], images.classes, share, seed, left)
+        return indices[~inside], indices[inside]
     taken = []
     for label in np.unique(labels[indices]):
         members = indices[labels[indices] == label]
@@ -67,3 +93,44 @@ def _cut(indices: np.ndarray, labels: np.ndarray, share: float, seed: int) -> tu
         taken.append(np.random.default_rng([seed, int(label)]).permutation(members)[:count])
     cut = np.sort(np.concatenate(taken))
     return np.setdiff1d(indices, cut), cut
+
+
+def _whole_groups(
+    groups: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], share: float, seed: int, left: int
+) -> np.ndarray:
+    """Which images to cut: whole groups, about a share of every class, so that `left` groups of each stay behind."""
+    names, group_of = np.unique(groups, return_inverse=True)
+    counts = np.zeros((len(names), len(classes)), dtype=np.int64)
+    np.add.at(counts, (group_of, labels), 1)
+    totals, behind = counts.sum(axis=0), (counts > 0).sum(axis=0)
+    missing = np.where(totals > 0, np.maximum(1, np.round(share * totals)), 0)
+    order = np.random.default_rng(seed).permutation(len(names))
+    taken = np.zeros(len(names), dtype=bool)
+
+    def may_go(group: int) -> bool:
+        return not taken[group] and bool((behind[counts[group] > 0] > left).all())
+
+    def off(group: int) -> float:
+        """How far the shares are off once this group has been taken."""
+        return float(np.abs(missing - counts[group]).sum())
+
+    def take(group: int) -> None:
+        nonlocal missing, behind
+        taken[group], missing, behind = True, missing - counts[group], behind - (counts[group] > 0)
+
+    # one of every class first, and of the class with the fewest groups before others take them
+    for label in np.argsort(behind, kind="stable"):
+        if totals[label] and not counts[taken, label].any():
+            able = [group for group in order if counts[group, label] and may_go(group)]
+            if not able:
+                raise DataError(
+                    f"The groups with the class {classes[label]!r} cannot be dealt to training, validation and test "
+                    f"without tearing one: add some, or leave out the column group."
+                )
+            # at random, but none that is larger than the share as long as there is another
+            here = np.abs(missing).sum()
+            take(next((group for group in able if off(group) < here), min(able, key=off)))
+    for group in order:
+        if may_go(group) and off(group) < np.abs(missing).sum():
+            take(group)
+    return taken[group_of]
