@@ -4,7 +4,7 @@ plan.json     what was asked for, with fingerprints of data and weights; written
 images.npy    all images decoded, with images.json; the array is gone when everything is done
 start.json    test accuracy of every variant before training
 runs/         a folder for every run
-cost.json     parameters, multiply-adds and latency, measured after the last run
+cost.json     time, throughput, memory and sizes of every variant, measured after the last run
 results.json  everything that the report says
 report.html   the report
 """
