@@ -1,7 +1,12 @@
 """Costs of modules, against numbers that follow from their definition."""
 
+import contextlib
+import itertools
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import astuple
+from functools import partial
 
 import pytest
 import torch
@@ -115,6 +120,110 @@ def test_spread() -> None:
     assert astuple(cost.Spread.of([1.0, 2.0])) == (1.5, 1.25, 1.75)
 
 
+def test_a_rate_of_a_spread() -> None:
+    # the longest time is the lowest rate
+    assert astuple(cost.Spread(20.0, 10.0, 40.0).rate(1000.0)) == (50.0, 25.0, 100.0)
+
+
+def test_no_step_has_a_place_of_its_own() -> None:
+    calls: list[str] = []
+    steps = {name: partial(calls.append, name) for name in "abc"}
+    cost.interleaved(steps, repeats=6)
+    rounds = ["".join(calls[start : start + 3]) for start in range(3, 21, 3)]
+    assert {"".join(sorted(one)) for one in rounds} == {"abc"}
+    for place in range(3):
+        assert Counter(one[place] for one in rounds) == {"a": 2, "b": 2, "c": 2}
+    behind = Counter(pair for one in rounds for pair in itertools.pairwise(one))
+    assert set(behind) == set(itertools.permutations("abc", 2)) and set(behind.values()) == {2}
+
+
+def test_on_cuda_by_the_events_of_its_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            said.append("record")
+
+        def synchronize(self) -> None:
+            said.append("wait")
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 2.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: said.append("empty"))
+    latency, _ = cost.interleaved({"one": lambda: said.append("step")}, repeats=3, device=torch.device("cuda", 0))
+    assert said == ["step", *["empty", "record", "step", "record", "wait"] * 3]
+    assert astuple(latency["one"]) == (2.5, 2.5, 2.5)
+
+
+@pytest.mark.parametrize(
+    "step, expected",
+    [
+        (lambda x: None, 0),
+        # what was there before is no cost, looked at or changed
+        (lambda x: x.view(-1)[3:].add_(1), 0),
+        (lambda x: x + 1, 4000),
+        # 1 and 2, then the sum beside both, though neither has a name
+        (lambda x: (x + 1) + (x + 2), 12000),
+        # each is gone when the next one is made, but for its sum
+        (lambda x: [(x + number).sum() for number in range(9)], 4000 + 9 * 4),
+        (lambda x: x.double(), 8000),
+    ],
+)
+def test_peak_bytes(step: Callable[[torch.Tensor], object], expected: int) -> None:
+    x = torch.randn(10, 100)
+    assert cost.peak_bytes(lambda: step(x)) == expected
+
+
+def test_peak_bytes_of_a_training_step() -> None:
+    """A chain of layers whose memory follows from their shapes."""
+    layers = nn.Sequential(nn.Linear(50, 200, bias=False), nn.Sigmoid(), nn.Linear(200, 50, bias=False))
+    optimizer = torch.optim.SGD(layers.parameters(), lr=0.1)
+    x = torch.randn(1000, 50)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        layers(x).sum().backward()
+        optimizer.step()
+
+    step()
+    optimizer.zero_grad(set_to_none=True)
+    # when the sigmoid goes back: its output and the gradients before and behind it, each (1000, 200), the gradient of
+    # the last layer's weights, the sum and its gradient; nothing keeps the last layer's output, and the sum's
+    # gradient is one number seen as many
+    expected = 4 * (3 * 1000 * 200 + 200 * 50 + 2)
+    measured = []
+    for _ in range(2):
+        measured.append(cost.peak_bytes(step))
+        optimizer.zero_grad(set_to_none=True)
+    assert measured == [expected, expected]
+
+
+def test_peak_bytes_are_the_same_in_every_run_and_more_with_attention() -> None:
+    x, peaks = torch.randn(8, 3, 32, 32), []
+    for attention in (None, None, "se", "cbam"):
+        network = networks.resnet20().train()
+        if attention:
+            attach(network, attention)
+        peaks.append(cost.peak_bytes(lambda network=network: network(x).sum().backward()))
+    assert peaks[0] == peaks[1] < peaks[2] < peaks[3]
+
+
+def test_on_cuda_peak_bytes_are_the_allocators(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    for name, found in (("synchronize", None), ("reset_peak_memory_stats", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name, found=found: said.append(name))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1700)
+    assert cost.peak_bytes(lambda: said.append("step"), torch.device("cuda", 0)) == 700
+    assert said == ["synchronize", "reset_peak_memory_stats", "step", "synchronize"]
+
+
 def test_steps_are_timed_in_turn() -> None:
     calls: list[str] = []
 
@@ -124,8 +233,8 @@ def test_steps_are_timed_in_turn() -> None:
 
     steps = {"short": lambda: step("short", 0.002), "long": lambda: step("long", 0.02)}
     latency, ratio = cost.interleaved(steps, repeats=4)
-    # one round to warm up
-    assert calls == ["short", "long"] * 5
+    # one round to warm up, and then neither is always the first
+    assert calls == ["short", "long", "short", "long", "long", "short", "long", "short", "short", "long"]
     assert list(latency) == list(ratio) == ["short", "long"]
     assert latency["short"].median >= 2 and latency["long"].median >= 20
     assert astuple(ratio["short"]) == (1, 1, 1)

@@ -275,12 +275,23 @@ def test_costs(first: Path) -> None:
     # squeeze to one of 8 channels and back, and the strength
     assert results["variants"][0]["parameters"] == baseline["parameters"] + 16 + 1
     assert all(one["multiply_adds"] > 0 for one in (baseline, *results["variants"]))
+    kinds = {f"{kind}_{unit}" for kind in ("train_step", "inference", "inference_batch") for unit in ("ms", "ratio")}
+    throughput = {"throughput_images_per_second", "throughput_ratio"}
     for one in (baseline, *results["variants"]):
-        assert set(one["latency"]) - {"sentence"} == {
-            f"{kind}_{unit}" for kind in ("train_step", "inference", "inference_batch") for unit in ("ms", "ratio")
-        }
-        spreads = [spread for kind, spread in one["latency"].items() if kind != "sentence"]
+        latency = one["latency"]
+        assert set(latency) - {"sentence"} == kinds | throughput | {"threads"}
+        assert latency["threads"] == 1
+        spreads = [latency[kind] for kind in kinds | throughput]
         assert all(0 < spread["low"] <= spread["median"] <= spread["high"] for spread in spreads)
+        seconds = latency["inference_batch_ms"]["median"] / 1000
+        assert latency["throughput_images_per_second"]["median"] == pytest.approx(16 / seconds, rel=1e-4)
+        weights = first / "runs" / f"{one['name']}-seed0" / "weights.safetensors"
+        # what the file says of the run comes on top
+        assert 0 < weights.stat().st_size - one["file_bytes"] < 1000
+        assert one["file_bytes"] > 4 * one["parameters"]
+        # at least a batch of the maps of 8 x 8 x 8 that every layer of the block keeps, and a gradient for each weight
+        assert one["peak_bytes"] > 4 * (16 * 8 * 8 * 8 * 4 + one["parameters"])
+    assert [one["peak_bytes"] > baseline["peak_bytes"] for one in results["variants"]] == [True, True]
     assert baseline["latency"]["train_step_ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
 
 

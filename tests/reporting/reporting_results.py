@@ -73,6 +73,8 @@ def results(
             "start_accuracy": 10.2,
             "parameters": 272474,
             "multiply_adds": 2600000,
+            "file_bytes": 1102416,
+            "peak_bytes": 98576968,
             "per_class_accuracy": [round(draw.uniform(90, 100), 2) for _ in classes],
             "curves": [_curve(draw, epochs) for _ in range(seeds)],
             "latency": _latency(1.0) if measured else None,
@@ -108,6 +110,8 @@ def _variant(
         "start_accuracy": 10.2,
         "parameters": 274490,
         "multiply_adds": 2604000,
+        "file_bytes": 1110480,
+        "peak_bytes": 121056968,
         "per_class_gain_points": [round(draw.gauss(gain, 1.5), 2) for _ in classes],
         "curves": [_curve(draw, epochs, gain) for _ in range(seeds)],
         "gates": [_gate(draw, place, sites, start, name) for place in range(sites)],
@@ -141,4 +145,5 @@ def _latency(ratio: float) -> dict[str, Any]:
     times = {"train_step_ms": 21.3, "inference_ms": 1.42, "inference_batch_ms": 63.0}
     ratios = {key.replace("_ms", "_ratio"): around(ratio) for key in times}
     said = {"sentence": f"A training step takes {ratio:.2f} times as long."}
-    return {key: around(time * ratio) for key, time in times.items()} | ratios | said
+    throughput = {"throughput_images_per_second": around(2030 / ratio), "throughput_ratio": around(1 / ratio)}
+    return {key: around(time * ratio) for key, time in times.items()} | ratios | throughput | said | {"threads": 2}

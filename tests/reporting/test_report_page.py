@@ -105,7 +105,9 @@ def test_the_numbers_are_there() -> None:
     assert "se 98.20 −0.10 −1.40 to +1.20 0.710 cannot tell" in text
     assert "se 10.20 98.25 (+0.25) 98.50 (0.00) 98.00 (−1.00)" in text
     assert "274,490 (+2,016) 2.60 M" in text
-    assert "26.0 ms (25.2–27.3) × 1.22 (1.18–1.28)" in text
+    assert "1.11 MB × 1.01 121 MB × 1.23 26.0 ms (25.2–27.3) × 1.22 (1.18–1.28)" in text
+    assert "1,664 (1,614–1,747) × 0.820 (0.795–0.861)" in text
+    assert "the machine that measured them (cpu, 2 threads)" in text
     assert "Fingerprint of the data 9f2c41d07ab8e6335c1d" in text
     assert "torch 2.9.0" in text
     assert given["command"] in text

@@ -65,3 +65,10 @@ def test_shortened_keeps_both_ends(limit: int) -> None:
     assert len(shown) == limit
     assert shown.startswith("ab") and shown.endswith("gh")
     assert text.shortened("abcd", limit) == "abcd"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(512, "512 B"), (1_102_416, "1.10 MB"), (98_576_968, "98.6 MB"), (None, "–")]
+)
+def test_size(value: float | None, expected: str) -> None:
+    assert text.size(value) == expected

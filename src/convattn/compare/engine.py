@@ -5,7 +5,7 @@ images.npy    all images decoded, with images.json; the array is gone when every
 leaks.json    the test images that are among the others as well
 start.json    test accuracy of every variant before training
 runs/         a folder for every run
-cost.json     parameters, multiply-adds and latency, measured after the last run
+cost.json     time, throughput, memory and sizes of every variant, measured after the last run
 results.json  everything that the report says
 report.html   the report
 """

@@ -13,7 +13,8 @@ from torch import nn
 from convattn import cost
 from convattn.compare.options import Options
 from convattn.data import Images
-from convattn.train import Run, RunSpec, write
+from convattn.train import Run, RunSpec, checkpoint, write
+from convattn.train.recipe import LONGEST_GRADIENT
 
 COST = "cost.json"
 ROUNDS = 20
@@ -22,25 +23,24 @@ SECONDS = 20.0
 
 
 def measure(options: Options, specs: list[RunSpec], images: Images, folder: Path) -> dict[str, Any]:
-    """Parameters, multiply-adds and latency of every variant, the baseline first; from a file if measured before."""
+    """The cost of every variant, the baseline first; from a file if measured before.
+
+    Of each its `parameters`, `multiply_adds` of an inference of one image, `file_bytes` of its weights as safetensors,
+    `peak_bytes` of a training step beyond weights, optimizer state and the batch, and `latency`: times, throughput,
+    and the number of threads that they were measured with.
+    """
     path = folder / COST
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-    torch.set_num_threads(specs[0].threads)
+    threads = specs[0].threads
+    torch.set_num_threads(threads)
     device = torch.device(options.device)
     runs = {spec.variant: Run(spec, images, folder) for spec in specs}
     first = next(iter(runs.values()))
     size = min(options.batch_size, len(first.split.train))
     x = torch.randn(size, 3, images.size, images.size, device=device)
     labels = torch.randint(0, len(images.classes), (size,), device=device)
-    found: dict[str, Any] = {
-        name: {
-            "parameters": cost.parameters(run.network),
-            "multiply_adds": cost.multiply_adds(run.network, x[:1]),
-            "latency": {},
-        }
-        for name, run in runs.items()
-    }
+    found = {name: _sizes(run.network, x[:1]) | {"latency": {"threads": threads}} for name, run in runs.items()}
     kinds: dict[str, Callable[[Run], Callable[[], object]]] = {
         "train_step": lambda run: _train_step(run, x, labels),
         "inference": lambda run: _inference(run.network, x[:1]),
@@ -50,10 +50,37 @@ def measure(options: Options, specs: list[RunSpec], images: Images, folder: Path
         steps = {name: step(run) for name, run in runs.items()}
         times, ratios = cost.interleaved(steps, repeats=ROUNDS, seconds=SECONDS, device=device)
         for name in runs:
-            found[name]["latency"][f"{kind}_ms"] = asdict(times[name])
-            found[name]["latency"][f"{kind}_ratio"] = asdict(ratios[name])
+            latency = found[name]["latency"]
+            latency |= {f"{kind}_ms": asdict(times[name]), f"{kind}_ratio": asdict(ratios[name])}
+            if kind == "inference_batch":
+                latency |= _throughput(times[name], ratios[name], size)
+    for name, run in runs.items():
+        found[name]["peak_bytes"] = _peak_bytes(run, x, labels)
     write(path, json.dumps(found, indent=1))
     return found
+
+
+def _sizes(network: nn.Module, x: torch.Tensor) -> dict[str, Any]:
+    return {
+        "parameters": cost.parameters(network),
+        "multiply_adds": cost.multiply_adds(network, x),
+        "file_bytes": len(checkpoint.serialized(network)),
+    }
+
+
+def _peak_bytes(run: Run, x: torch.Tensor, labels: torch.Tensor) -> int:
+    # the steps before have left gradients, which a step begins without, and the optimizer's state, which stays
+    run.optimizer.zero_grad(set_to_none=True)
+    peak = cost.peak_bytes(_train_step(run, x, labels), x.device)
+    run.optimizer.zero_grad(set_to_none=True)
+    return peak
+
+
+def _throughput(times_ms: cost.Spread, ratios: cost.Spread, images: int) -> dict[str, Any]:
+    return {
+        "throughput_images_per_second": asdict(times_ms.rate(1000 * images)),
+        "throughput_ratio": asdict(ratios.rate(1)),
+    }
 
 
 def _train_step(run: Run, x: torch.Tensor, labels: torch.Tensor) -> Callable[[], object]:
@@ -61,6 +88,8 @@ def _train_step(run: Run, x: torch.Tensor, labels: torch.Tensor) -> Callable[[],
         run.network.train()
         run.optimizer.zero_grad(set_to_none=True)
         F.cross_entropy(run.network(x), labels).backward()  # type: ignore[no-untyped-call]
+        # as in training, where it takes time for every parameter
+        nn.utils.clip_grad_norm_(run.network.parameters(), LONGEST_GRADIENT)
         run.optimizer.step()
 
     return step

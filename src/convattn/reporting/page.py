@@ -54,6 +54,7 @@ def render(results: Mapping[str, Any]) -> str:
         "interval": text.interval,
         "p_value": text.p_value,
         "magnitude": text.magnitude,
+        "size": text.size,
         "three_digits": text.three_digits,
         "plain": text.plain,
     }

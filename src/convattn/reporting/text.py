@@ -59,6 +59,12 @@ def magnitude(value: float | None) -> str:
     return f"{value:.0f}"
 
 
+def size(value: float | None) -> str:
+    """`1090000` -> `1.09 MB`."""
+    shown = magnitude(value)
+    return shown if shown == ABSENT else f"{shown}B" if " " in shown else f"{shown} B"
+
+
 def three_digits(value: float | None) -> str:
     """`0.0613`, `6.13`, `61.3`, `613`: a duration, as precise as it was measured."""
     return f"{value:,.{_decimals(value)}f}" if known(value) else ABSENT

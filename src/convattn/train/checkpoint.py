@@ -33,11 +33,16 @@ def save(path: Path, network: nn.Module, about: dict[str, Any]) -> None:
     `about` has the keys `backbone`, `variant` (`"baseline"` or a name for `attach`), `start`, `classes` (the list of
     their names), `image_size`, `mean` and `std`.
     """
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(serialized(network, metadata={"convattn": json.dumps(about)}))
+    partial.replace(path)
+
+
+def serialized(network: nn.Module, *, metadata: dict[str, str] | None = None) -> bytes:
+    """The weights of a network as the content of a safetensors file."""
     # cloned: the format refuses tensors that share memory
     state = {key: value.detach().cpu().clone().contiguous() for key, value in network.state_dict().items()}
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(safetensors.torch.save(state, metadata={"convattn": json.dumps(about)}))
-    partial.replace(path)
+    return safetensors.torch.save(state, metadata=metadata)
 
 
 def load(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
