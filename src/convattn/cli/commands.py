@@ -35,6 +35,12 @@ Examples:
   convattn sites timm:convnext_atto --attention cbam+dual --at stage --image-size 224
 """
 
+VERDICT_EXAMPLES = """\b
+Examples:
+  convattn verdict baseline.npz cbam.npz
+  convattn verdict baseline.npz se.npz cbam.npz --smallest-gain 0.3
+"""
+
 SHOW_EXAMPLES = """\b
 Examples:
   convattn show convattn-digits-1a2b3c4d/runs/cbam-seed0/weights.safetensors cat.jpg dog.jpg --out shown
@@ -139,6 +145,25 @@ def compare(
         out=out,
         quiet=quiet,
     )
+
+
+@app.command(epilog=VERDICT_EXAMPLES)
+def verdict(
+    baseline: Annotated[Path, typer.Argument(help="An .npz of the plain network.")],
+    variants: Annotated[list[Path], typer.Argument(help="An .npz of each other network.", metavar="VARIANT...")],
+    smallest_gain: Annotated[float, typer.Option(help="Percentage points that are worth it.")] = 0.5,
+) -> None:
+    """Say whether variants are worth it from predictions that were made elsewhere.
+
+    Each .npz has `right` (seeds, images), true or false, or `probabilities` (seeds, images, classes) and `labels`
+    (images), of the same images in the same order; `groups` (images) may name the patient or video of each image.
+    """
+    from convattn.compare import predictions, verdicts
+
+    found = predictions.judge(baseline, variants, smallest_gain=smallest_gain)
+    lines = [verdicts.headline([(name, one.word) for name, one in found.items()], smallest_gain)]
+    lines += [f"  {one.sentence}" for one in found.values()]
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 @app.command(epilog=SITES_EXAMPLES)

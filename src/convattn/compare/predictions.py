@@ -1,0 +1,73 @@
+"""Verdicts on predictions that were made elsewhere.
+
+A file is a NumPy archive (.npz) of one network: `right`, boolean (seeds, images), or `probabilities`, (seeds, images,
+classes), with `labels`, (images,). The images are the same for every network and seed and in the same order, and seeds
+go together by their place. `groups`, (images,), may name the patient or video of each image.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from convattn import checks
+from convattn.compare.verdicts import Verdict, verdict
+from convattn.errors import DataError, InvalidOption
+
+
+def judge(baseline: str | Path, variants: Sequence[str | Path], *, smallest_gain: float = 0.5) -> dict[str, Verdict]:
+    """The verdicts on the networks of some files, by the names of the files.
+
+    Args:
+        baseline: the file of the plain network.
+        variants: the files of the others.
+        smallest_gain: the smallest gain in percentage points that is worth it.
+
+    Raises:
+        DataError: a file that is none, or of other images.
+        InvalidOption: two files of one name.
+    """
+    checks.between("verdict", "smallest_gain", smallest_gain, 0, 100)
+    files = [Path(one) for one in variants]
+    names = [path.stem for path in files]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise InvalidOption(f"verdict: two files are called {twice[0]!r}, and the verdicts bear the files' names.")
+    plain, groups, labels = _read(Path(baseline))
+    others = {}
+    for name, path in zip(names, files, strict=True):
+        right, _, own_labels = _read(path)
+        if right.shape != plain.shape:
+            raise DataError(
+                f"{path} is of {right.shape[0]} seeds and {right.shape[1]} images, and {baseline} of {plain.shape[0]} "
+                f"and {plain.shape[1]}: they have to be the same."
+            )
+        if labels is not None and own_labels is not None and not np.array_equal(labels, own_labels):
+            raise DataError(f"{path} has other labels than {baseline}: the images have to be the same, in one order.")
+        others[name] = right
+    return verdict(plain, others, smallest_gain=smallest_gain, groups=groups)
+
+
+def _read(path: Path) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """What a network got right, and the groups and labels of the images where the file has them."""
+    try:
+        with np.load(path) as archive:
+            arrays = dict(archive)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} cannot be read as an archive of arrays ({checks.reason(error)}).") from error
+    groups, labels = arrays.get("groups"), arrays.get("labels")
+    if "right" in arrays:
+        right = arrays["right"]
+    elif "probabilities" in arrays and labels is not None:
+        probabilities = arrays["probabilities"]
+        if probabilities.ndim != 3 or probabilities.shape[1:2] != labels.shape or not np.isfinite(probabilities).all():
+            raise DataError(
+                f"{path}: expected finite probabilities (seeds, images, classes) and labels (images,), got "
+                f"{probabilities.shape} and {labels.shape}."
+            )
+        right = probabilities.argmax(axis=2) == labels
+    else:
+        raise DataError(f"{path} needs an array `right`, or `probabilities` and `labels`; it has {', '.join(arrays)}.")
+    if right.ndim != 2 or 0 in right.shape or not np.isin(right, (0, 1)).all():
+        raise DataError(f"{path}: expected `right` as true or false, (seeds, images), got the shape {right.shape}.")
+    return right.astype(bool), groups, labels
