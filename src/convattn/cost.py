@@ -136,10 +136,10 @@ def peak_bytes(step: Callable[[], object], device: torch.device | None = None) -
         before = torch.cuda.memory_allocated(device)
         step()
         torch.cuda.synchronize(device)
-        return int(torch.cuda.max_memory_allocated(device) - before)
+        return torch.cuda.max_memory_allocated(device) - before
     with _Holdings() as holdings:
         step()
-    return holdings.peak
+    return int(holdings.peak)
 
 
 class _Holdings(TorchDispatchMode):  # type: ignore[no-untyped-call]

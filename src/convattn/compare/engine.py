@@ -20,6 +20,7 @@ import torch
 from convattn import checks, reporting
 from convattn.compare import folder as folders
 from convattn.compare import stats, timing
+from convattn.compare.controls import seed_of
 from convattn.compare.display import Display
 from convattn.compare.options import (
     DEFAULT_VARIANTS,
@@ -35,7 +36,7 @@ from convattn.data import ARRAY, Images, Source, check_counts, decode, open_sour
 from convattn.errors import InvalidOption
 from convattn.registry import entry
 from convattn.train import RunSpec, evaluation_shape, finished, start_accuracy, write
-from convattn.train.checkpoint import BASELINE
+from convattn.train.controls import NOISE
 
 START, RESULTS = "start.json", "results.json"
 
@@ -46,6 +47,7 @@ def run(
     backbone: str = "resnet20",
     weights: str | Path | None = None,
     variants: str | Sequence[str] = DEFAULT_VARIANTS,
+    controls: str | Sequence[str] = "none",
     start: str | None = None,
     seeds: int = 5,
     epochs: int | None = None,
@@ -72,6 +74,9 @@ def run(
         backbone: see `convattn.networks.create`.
         weights: `"pretrained"`, None for random ones, or a file.
         variants: registered names, joined with `+`, as a sequence or separated by commas.
+        controls: networks without the idea of a variant, for each variant `"placebo"` (the same module fed a constant),
+            `"adapter"` (an ungated bottleneck of its size) and `"wider"` (a wider network of its size, from random
+            weights), and once `"noise"` (the baseline with other seeds); as a sequence or separated by commas.
         start: `"identity"` or `"paper"`; by default identity with loaded weights and paper with random ones.
         seeds: how many.
         epochs: by default 30 from random weights and 10 from loaded ones.
@@ -99,6 +104,7 @@ def run(
         backbone=backbone,
         weights=weights,
         variants=variants,
+        controls=controls,
         start=start,
         epochs=epochs,
         image_size=image_size,
@@ -159,7 +165,7 @@ def _decoded(options: Options, source: Source, folder: Path, display: Display) -
 
 def _is_complete(options: Options, folder: Path) -> bool:
     """Whether nothing is left to train or to measure, so that the images are not needed."""
-    runs = [folder / RUNS / f"{name}-seed{seed}" for name in _names(options) for seed in range(options.seeds)]
+    runs = [folder / RUNS / spec.name for spec in _specs(options, threads=1)]
     files = [folder / START, folder / timing.COST]
     return all(finished(run) is not None for run in runs) and all(file.exists() for file in files)
 
@@ -181,8 +187,8 @@ def _check_forward(network: torch.nn.Module, images: Images, options: Options) -
 
 def _carried_out(options: Options, images: Images, folder: Path, display: Display, threads: int) -> dict[str, Any]:
     share = max(1, threads // options.jobs)
-    specs = [_spec(options, variant, seed, share) for seed in range(options.seeds) for variant in _names(options)]
-    firsts = [_spec(options, variant, 0, threads) for variant in _names(options)]
+    specs = _specs(options, threads=share)
+    firsts = [_spec(options, name, 0, threads) for name in options.names]
     parts = split(images, 0)
     display.say(
         f"{len(images.classes)} classes, {len(parts.train):,} training, {len(parts.validation):,} validation and "
@@ -202,7 +208,8 @@ def _carried_out(options: Options, images: Images, folder: Path, display: Displa
         run_all(specs, images, folder, options.jobs, display.update)
     if not (folder / timing.COST).exists():
         display.say("Measuring what each variant costs ...")
-    costs = timing.measure(options, firsts, images, folder)
+    # the noise is the baseline's network
+    costs = timing.measure(options, [spec for spec in firsts if spec.variant != NOISE], images, folder)
     results = assemble(options, images, folder, starts, costs)
     write(folder / RESULTS, json.dumps(results, indent=1))
     report = reporting.write(results, folder)
@@ -227,14 +234,14 @@ def _start_accuracies(
     return known
 
 
-def _names(options: Options) -> tuple[str, ...]:
-    return (BASELINE, *options.variants)
+def _specs(options: Options, *, threads: int) -> list[RunSpec]:
+    return [_spec(options, name, seed, threads) for seed in range(options.seeds) for name in options.names]
 
 
 def _spec(options: Options, variant: str, seed: int, threads: int) -> RunSpec:
     return RunSpec(
         variant=variant,
-        seed=seed,
+        seed=seed_of(variant, seed),
         backbone=options.backbone,
         weights=options.weights,
         start=options.start,
@@ -250,5 +257,7 @@ def _conclude(results: dict[str, Any], report: Path, display: Display) -> None:
     display.say(results["headline"])
     for variant in results["variants"]:
         display.say(f"  {variant['sentence']} {variant['latency']['sentence']}")
+    for control in results["controls"]:
+        display.say(f"  {control['sentence']}")
     display.say()
     display.say(f"The report: {report}")

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 import convattn
+from convattn.compare import controls, stats, verdicts
 from convattn.compare import folder as folders
-from convattn.compare import stats, verdicts
 from convattn.compare.options import Options
 from convattn.compare.workers import RUNS
 from convattn.data import Images, Split, split
-from convattn.train import finished
+from convattn.train import finished, run_name
 from convattn.train.checkpoint import BASELINE
 
 SCHEMA = 1
@@ -30,26 +30,26 @@ def assemble(
     costs: dict[str, Any],
 ) -> dict[str, Any]:
     """The results of a comparison whose runs are all done."""
-    results = {
-        name: [finished(folder / RUNS / f"{name}-seed{seed}") or {} for seed in range(options.seeds)]
-        for name in (BASELINE, *options.variants)
+    runs = {
+        name: [folder / RUNS / run_name(name, controls.seed_of(name, seed)) for seed in range(options.seeds)]
+        for name in options.names
     }
-    right = {
-        name: np.stack([_right(folder / RUNS / f"{name}-seed{seed}") for seed in range(options.seeds)])
-        for name in results
-    }
+    results = {name: [finished(run) or {} for run in runs[name]] for name in options.names}
+    right = {name: np.stack([_right(run) for run in runs[name]]) for name in options.names}
     parts = split(images, 0)
     labels = images.labels[parts.test]
     baseline = _common(BASELINE, results, starts, costs)
     baseline["per_class_accuracy"] = _by_class(100.0 * right[BASELINE], labels, len(images.classes))
     gains = {name: stats.gain(right[BASELINE], right[name], confidence=CONFIDENCE) for name in options.variants}
+    names = controls.expanded(options.controls, options.variants)
+    controlled = controls.compared(names, right, costs, smallest=options.smallest_gain, confidence=CONFIDENCE)
     variants = []
     for name, gain in gains.items():
         difference = 100.0 * (right[name].astype(float) - right[BASELINE])
         variants.append(
             {
                 **_common(name, results, starts, costs),
-                **_verdict(name, gain, options, costs),
+                **_verdict(name, gain, options, costs, controls.caution(name, controlled)),
                 "per_class_gain_points": _by_class(difference, labels, len(images.classes)),
                 "gates": _gates([result["gates"] for result in results[name]]),
             }
@@ -66,6 +66,7 @@ def assemble(
             "could_see_points": _could_see(list(gains.values()), options.seeds),
             "baseline": baseline,
             "variants": variants,
+            "controls": controlled,
         }
     )
     return found
@@ -132,7 +133,7 @@ def _common(
     }
 
 
-def _verdict(name: str, gain: stats.Gain, options: Options, costs: dict[str, Any]) -> dict[str, Any]:
+def _verdict(name: str, gain: stats.Gain, options: Options, costs: dict[str, Any], caution: str) -> dict[str, Any]:
     more = costs[name]["parameters"] / costs[BASELINE]["parameters"] - 1
     return {
         "gain_points": gain.points,
@@ -140,7 +141,8 @@ def _verdict(name: str, gain: stats.Gain, options: Options, costs: dict[str, Any
         "p_value": gain.p_value,
         "standard_error_points": gain.standard_error,
         "verdict": verdicts.word(gain, options.smallest_gain),
-        "sentence": verdicts.sentence(
+        "sentence": caution
+        + verdicts.sentence(
             name, gain, options.seeds, options.smallest_gain, f", for {100 * more:.1f} % more parameters"
         ),
     }
