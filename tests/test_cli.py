@@ -178,6 +178,8 @@ MISTAKES = {
     "epochs 0": (nothing, f"{GOOD} --epochs 0", "epochs must be"),
     "smallest gain": (nothing, f"{GOOD} --smallest-gain -1", "smallest_gain must be"),
     "start": (nothing, f"{GOOD} --start zero", "start must be one of"),
+    "wrong control": (nothing, f"{GOOD} --controls placebos", "each of controls must be one of"),
+    "wider with weights": (nothing, f"{GOOD} --controls wider", "wider is for random weights"),
     "wrong variant": (nothing, f"{GOOD} --variants se,cbma", "'cbma'. Did you mean 'cbam'"),
     "wrong backbone": (nothing, f"{GOOD} --backbone resnet2O", "Did you mean"),
     "wrong function": (nothing, f"{GOOD} --backbone network.py:netwrok", "has no function 'netwrok'"),
@@ -309,6 +311,7 @@ def test_the_defaults_are_those_of_the_function(taken: Callable[..., dict[str, A
 def test_options_arrive(taken: Callable[..., dict[str, Any]]) -> None:
     words = (
         "compare photos --backbone timm:resnet18 --weights pretrained --variants se,cbam+dual --start paper --seeds 3 "
+        "--controls adapter,noise "
         "--epochs 7 --image-size 96 --batch-size 32 --learning-rate 0.02 --weight-decay 0.001 --no-flip --device cpu "
         "--jobs 2 --smallest-gain 0.3 --out there --quiet --until decided --max-seeds 9 --add-seeds 2"
     )
@@ -317,6 +320,7 @@ def test_options_arrive(taken: Callable[..., dict[str, Any]]) -> None:
         "backbone": "timm:resnet18",
         "weights": "pretrained",
         "variants": "se,cbam+dual",
+        "controls": "adapter,noise",
         "start": "paper",
         "seeds": 3,
         "until": "decided",
@@ -347,6 +351,7 @@ def test_options_arrive(taken: Callable[..., dict[str, Any]]) -> None:
         "compare photos --no-flip --variants se,cbam+dual --device cpu",
         "compare photos --until decided --max-seeds 7 --seeds 4",
         "compare photos --until decided",
+        "compare photos --controls noise,placebo",
     ],
 )
 def test_the_command_in_the_results_repeats_the_comparison(taken: Callable[..., dict[str, Any]], words: str) -> None:

@@ -136,7 +136,7 @@ def peak_bytes(step: Callable[[], object], device: torch.device | None = None) -
         before = torch.cuda.memory_allocated(device)
         step()
         torch.cuda.synchronize(device)
-        return int(torch.cuda.max_memory_allocated(device) - before)
+        return torch.cuda.max_memory_allocated(device) - before
     with _Holdings() as holdings:
         step()
     return int(holdings.peak)

@@ -12,7 +12,6 @@ from convattn.compare.verdicts import (
     CANNOT_TELL,
     NOT_WORTH,
     WORTH,
-    Control,
     headline,
     sentence,
     signed,
@@ -110,29 +109,6 @@ def test_one_more_seed_is_one_seed() -> None:
     assert "about 1 more seed if" in sentence("se", found(0.48, 1.0), 5, 0.5, "")
 
 
-CONTROLS = {
-    # the gains of the control and of the variant over it
-    "better than it": (found(-0.1, 0.3), found(0.3, 0.9), ""),
-    "no better": (
-        found(0.6, 1.0),
-        found(-0.4, 0.2),
-        "CBAM gains no more than an adapter of its size (+0.7 against +0.8 points). ",
-    ),
-    "perhaps better": (
-        found(0.2, 0.6),
-        found(-0.1, 0.7),
-        "CBAM is not shown to gain more than an adapter of its size (+0.7 against +0.4 points). ",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", CONTROLS)
-def test_a_control_comes_first_where_the_variant_is_no_better(kind: str) -> None:
-    own, over, lead = CONTROLS[kind]
-    said = sentence("cbam", found(0.55, 0.85), 5, 0.5, COST, Control("an adapter of its size", own, over))
-    assert said == lead + sentence("cbam", found(0.55, 0.85), 5, 0.5, COST)
-
-
 def test_a_single_seed() -> None:
     assert sentence("se", SINGLE, 1, 0.5, COST) == (
         f"Squeeze-and-excitation: cannot tell from a single seed, which gave +0.7 points{COST}. At least 2 seeds are "
@@ -177,16 +153,6 @@ def test_looks_widen_the_interval() -> None:
         assert (one.gain.p_value < 0.05) == (not one.gain.low <= 0 <= one.gain.high)
         widths.append(one.gain.high - one.gain.low)
     assert widths == sorted(widths) and len(set(widths)) == 4
-
-
-def test_controls_of_arrays() -> None:
-    baseline, better = runs(0, 0.0), runs(1, 3.0)
-    controls = {"cbam": ("an adapter of its size", runs(2, 3.0))}
-    found = verdict(baseline, {"cbam": better, "se": better}, controls=controls)
-    assert "an adapter of its size" in found["cbam"].sentence.partition(".")[0]
-    assert "adapter" not in found["se"].sentence
-    # they are not of the family
-    assert found["cbam"].gain == verdict(baseline, {"cbam": better, "se": better})["cbam"].gain
 
 
 def test_titles() -> None:

@@ -79,6 +79,7 @@ def results(
             "curves": [_curve(draw, epochs) for _ in range(seeds)],
             "latency": _latency(1.0) if measured else None,
         },
+        "controls": [],
         "variants": [_variant(draw, name, classes, seeds, epochs, measured, start, sites) for name in names],
     }
 

@@ -113,6 +113,29 @@ def test_the_numbers_are_there() -> None:
     assert given["command"] in text
 
 
+def test_controls_are_told_where_there_are_some() -> None:
+    given = results(["cbam"])
+    assert "Controls" not in Page(render(given)).text
+    numbers = {"gain_points": 0.5, "interval95": [-0.25, 1.25], "mean_score": 98.6, "added_parameters": 3336}
+    none = {"excess_points": None, "excess_interval95": None}
+    adapter = {"name": "adapter:cbam", "sentence": "CBAM gains +0.4 points, an adapter of its size gains +0.5."}
+    noise = {"name": "noise", "sentence": "Noise alone is called worth it here."}
+    given["controls"] = [
+        {**numbers, **adapter, "excess_points": -0.1, "excess_interval95": [-0.75, 0.5], "alarming": False},
+        {**numbers, **none, **noise, "alarming": False},
+    ]
+    page = Page(render(given))
+    assert (2, "Controls") in page.headings and "#controls" in page.all("href")
+    assert "adapter:cbam 3,336 98.60 +0.50 −0.25 to +1.25 −0.10 −0.75 to +0.50 noise" in page.text
+    beginning = page.text[: page.text.index("Gain over the baseline")]
+    assert adapter["sentence"] in page.text and adapter["sentence"] not in beginning
+    assert noise["sentence"] not in beginning
+    # a comparison that takes noise for a gain says so before anything else
+    given["controls"][1]["alarming"] = True
+    text = Page(render(given)).text
+    assert noise["sentence"] in text[: text.index("Gain over the baseline")]
+
+
 def test_a_setting_without_a_name_of_its_own_appears_too() -> None:
     given = results()
     given["setting"] |= {"label_smoothing": 0.1, "mixed_precision": None}

@@ -23,6 +23,7 @@ Examples:
   convattn compare photos/ --backbone timm:resnet18 --weights resnet18.safetensors
   convattn compare cifar/ --weights resnet20-12fca82f.th --variants se,cbam --seeds 10 --jobs 2
   convattn compare photos/ --backbone mine.py:network --epochs 50
+  convattn compare digits --variants cbam --controls placebo,adapter,wider,noise
   convattn compare photos/ --until decided --max-seeds 12
   convattn compare convattn-photos-1a2b3c4d --add-seeds 3
 """
@@ -81,6 +82,9 @@ def compare(
     variants: Annotated[
         str, typer.Option(help="Names joined with +, separated by commas.", show_default=True)
     ] = "se,cbam,dual,cbam+dual",
+    controls: Annotated[
+        str, typer.Option(help="placebo, adapter, wider (each for every variant) and noise, separated by commas.")
+    ] = "none",
     start: Annotated[
         str | None, typer.Option(help="identity or paper.", show_default="identity with loaded weights, else paper")
     ] = None,
@@ -128,6 +132,7 @@ def compare(
         backbone=backbone,
         weights=weights,
         variants=variants,
+        controls=controls,
         start=start,
         seeds=seeds,
         until=until,

@@ -21,6 +21,7 @@ import torch
 from convattn import checks, reporting
 from convattn.compare import folder as folders
 from convattn.compare import leaks, rounds, stats, timing
+from convattn.compare.controls import seed_of
 from convattn.compare.display import Display
 from convattn.compare.options import (
     DEFAULT_VARIANTS,
@@ -39,6 +40,7 @@ from convattn.registry import entry
 from convattn.tables import aligned
 from convattn.train import RunSpec, evaluation_shape, finished, start_accuracy, write
 from convattn.train.checkpoint import BASELINE
+from convattn.train.controls import NOISE
 
 START, RESULTS = "start.json", "results.json"
 
@@ -49,6 +51,7 @@ def run(
     backbone: str = "resnet20",
     weights: str | Path | None = None,
     variants: str | Sequence[str] = DEFAULT_VARIANTS,
+    controls: str | Sequence[str] = "none",
     start: str | None = None,
     seeds: int | None = None,
     until: str | None = None,
@@ -79,6 +82,9 @@ def run(
         backbone: see `convattn.networks.create`.
         weights: `"pretrained"`, None for random ones, or a file.
         variants: registered names, joined with `+`, as a sequence or separated by commas.
+        controls: networks without the idea of a variant, for each variant `"placebo"` (the same module fed a constant),
+            `"adapter"` (an ungated bottleneck of its size) and `"wider"` (a wider network of its size, from random
+            weights), and once `"noise"` (the baseline with other seeds); as a sequence or separated by commas.
         start: `"identity"` or `"paper"`; by default identity with loaded weights and paper with random ones.
         seeds: how many; by default 5, and 3 to begin with where it goes on until decided.
         until: `"decided"` adds a seed at a time until every variant is decided or will hardly be, see `max_seeds`.
@@ -111,6 +117,7 @@ def run(
         backbone=backbone,
         weights=weights,
         variants=variants,
+        controls=controls,
         start=start,
         epochs=epochs,
         image_size=image_size,
@@ -195,7 +202,7 @@ def _is_complete(options: Options, folder: Path) -> bool:
     if options.until:
         # what is left shows only when it has been looked at
         return False
-    runs = [folder / RUNS / f"{name}-seed{seed}" for name in _names(options) for seed in range(options.seeds)]
+    runs = [folder / RUNS / spec.name for spec in _specs(options, options.seeds, threads=1)]
     files = [folder / START, folder / timing.COST, folder / leaks.LEAKS]
     return all(finished(run) is not None for run in runs) and all(file.exists() for file in files)
 
@@ -216,7 +223,7 @@ def _check_forward(network: torch.nn.Module, images: Images, options: Options) -
 
 
 def _carried_out(options: Options, images: Images, folder: Path, display: Display, threads: int) -> dict[str, Any]:
-    firsts = [_spec(options, variant, 0, threads) for variant in _names(options)]
+    firsts = [_spec(options, name, 0, threads) for name in options.names]
     parts = split(images, 0)
     display.say(
         f"{len(images.classes)} classes, {len(parts.train):,} training, {len(parts.validation):,} validation and "
@@ -235,7 +242,8 @@ def _carried_out(options: Options, images: Images, folder: Path, display: Displa
     taken = _rounds(options, images, folder, display, max(1, threads // options.jobs))
     if not (folder / timing.COST).exists():
         display.say("Measuring what each variant costs ...")
-    costs = timing.measure(options, firsts, images, folder)
+    # the noise is the baseline's network
+    costs = timing.measure(options, [spec for spec in firsts if spec.variant != NOISE], images, folder)
     results = assemble(options, images, folder, starts, costs, taken)
     write(folder / RESULTS, json.dumps(results, indent=1))
     report = reporting.write(results, folder)
@@ -250,14 +258,14 @@ def _rounds(options: Options, images: Images, folder: Path, display: Display, th
     groups = None if images.groups is None else images.groups[split(images, 0).test]
     seeds = max(options.seeds, *taken.seeds, 1) if options.until else options.seeds
     while True:
-        specs = [_spec(options, variant, seed, threads) for seed in range(seeds) for variant in _names(options)]
+        specs = _specs(options, seeds, threads=threads)
         already = sum(finished(folder / RUNS / spec.name) is not None for spec in specs)
         with display.watch(len(specs), already):
             run_all(specs, images, folder, options.jobs, display.update)
         taken = rounds.record(folder, taken, seeds)
         if options.max_seeds is None:
             return taken
-        found = judged(rights(folder, options.variants, seeds), options.smallest_gain, taken, groups)
+        found = judged(rights(folder, (BASELINE, *options.variants), seeds), options.smallest_gain, taken, groups)
         words = ", ".join(f"{name} {one.word} ({signed(one.gain.points)})" for name, one in found.items())
         display.say(f"Look {len(taken.seeds)}, with {seeds} seeds: {words}")
         if rounds.is_over(found, taken, options.max_seeds, options.smallest_gain):
@@ -291,14 +299,14 @@ def _start_accuracies(
     return known
 
 
-def _names(options: Options) -> tuple[str, ...]:
-    return (BASELINE, *options.variants)
+def _specs(options: Options, seeds: int, *, threads: int) -> list[RunSpec]:
+    return [_spec(options, name, seed, threads) for seed in range(seeds) for name in options.names]
 
 
 def _spec(options: Options, variant: str, seed: int, threads: int) -> RunSpec:
     return RunSpec(
         variant=variant,
-        seed=seed,
+        seed=seed_of(variant, seed),
         backbone=options.backbone,
         weights=options.weights,
         start=options.start,
@@ -314,5 +322,7 @@ def _conclude(results: dict[str, Any], report: Path, display: Display) -> None:
     display.say(results["headline"])
     for variant in results["variants"]:
         display.say(f"  {variant['sentence']} {variant['latency']['sentence']}")
+    for control in results["controls"]:
+        display.say(f"  {control['sentence']}")
     display.say()
     display.say(f"The report: {report}")

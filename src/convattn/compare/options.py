@@ -14,11 +14,13 @@ import torch
 
 from convattn import checks, networks
 from convattn.attachment import plan
+from convattn.compare import controls as control
 from convattn.compare.rounds import UNTIL
 from convattn.errors import InvalidOption
 from convattn.nn.base import STARTS
 from convattn.train import Recipe
-from convattn.train.checkpoint import BASELINE
+from convattn.train.checkpoint import BASELINE, build
+from convattn.train.controls import NOISE
 
 DEFAULT_VARIANTS = ("se", "cbam", "dual", "cbam+dual")
 # for batches of 128; half of the customary 0.1 (He et al., 2016, section 4.2), at which heads without a norm diverged
@@ -39,6 +41,7 @@ class Options:
     backbone: str
     weights: str | None
     variants: tuple[str, ...]
+    controls: tuple[str, ...]
     start: str
     epochs: int
     image_size: int | None
@@ -57,6 +60,11 @@ class Options:
     def recipe(self) -> Recipe:
         """How every run is trained."""
         return Recipe(self.epochs, self.batch_size, self.learning_rate, self.weight_decay)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The networks that are trained: the baseline, the variants, and their controls."""
+        return (BASELINE, *self.variants, *control.expanded(self.controls, self.variants))
 
     def hashed(self) -> dict[str, Any]:
         """What the runs depend on, with paths made absolute."""
@@ -83,7 +91,9 @@ class Options:
     def _command(self, seeds: int) -> str:
         words = ["convattn compare", _quoted(self.data), f"--backbone {_quoted(self.backbone)}"]
         words += [f"--weights {_quoted(self.weights)}"] if self.weights else []
-        words += [f"--variants {','.join(self.variants)}", f"--start {self.start}", f"--seeds {seeds}"]
+        words += [f"--variants {','.join(self.variants)}"]
+        words += [f"--controls {','.join(self.controls)}"] if self.controls else []
+        words += [f"--start {self.start}", f"--seeds {seeds}"]
         words += [f"--until {self.until} --max-seeds {self.max_seeds}"] if self.until else []
         words += [f"--epochs {self.epochs}", f"--image-size {self.image_size}" if self.image_size else ""]
         words += [f"--batch-size {self.batch_size}", f"--learning-rate {self.learning_rate!r}"]
@@ -98,6 +108,7 @@ def parse(
     backbone: str,
     weights: str | Path | None,
     variants: str | Sequence[str],
+    controls: str | Sequence[str] | None,
     start: str | None,
     epochs: int | None,
     image_size: int | None,
@@ -145,6 +156,7 @@ def parse(
         backbone=backbone,
         weights=chosen,
         variants=_variants(variants),
+        controls=control.parse(controls, chosen),
         start=start,
         epochs=epochs or (FINE_TUNING_EPOCHS if chosen else EPOCHS),
         image_size=image_size,
@@ -163,7 +175,7 @@ def parse(
 
 
 def check_networks(options: Options, classes: int) -> torch.nn.Module:
-    """Build the backbone once and plan every variant on it; return the backbone.
+    """Build the backbone once, plan every variant on it, and build every control; return the backbone.
 
     Raises:
         ConvattnError: whatever any run would fail with at its start.
@@ -171,6 +183,12 @@ def check_networks(options: Options, classes: int) -> torch.nn.Module:
     network = networks.create(options.backbone, classes=classes, weights=options.weights)
     for variant in options.variants:
         plan(network, variant, start=options.start)
+    side = options.image_size or getattr(network, "input_size", None) or 64
+    about = {"backbone": options.backbone, "start": options.start, "classes": range(classes), "image_size": side}
+    for name in control.expanded(options.controls, options.variants):
+        if name != NOISE:
+            # the weights would change nothing, and may have to be fetched
+            build({**about, "variant": name})
     return network
 
 

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 import convattn
+from convattn.compare import controls, leaks, stats, verdicts
 from convattn.compare import folder as folders
-from convattn.compare import leaks, stats, verdicts
 from convattn.compare.options import Options
 from convattn.compare.rounds import Looks
 from convattn.compare.workers import RUNS
 from convattn.data import Images, Split, split
-from convattn.train import finished
+from convattn.train import finished, run_name
 from convattn.train.checkpoint import BASELINE
 
 SCHEMA = 1
@@ -35,25 +35,28 @@ def assemble(
 ) -> dict[str, Any]:
     """The results of a comparison whose runs are all done, at the last of the looks."""
     options, asked = replace(options, seeds=looks.seeds[-1]), options
-    results = {
-        name: [finished(folder / RUNS / f"{name}-seed{seed}") or {} for seed in range(options.seeds)]
-        for name in (BASELINE, *options.variants)
-    }
-    right = rights(folder, options.variants, options.seeds)
+    runs = {name: _runs(folder, name, options.seeds) for name in options.names}
+    results = {name: [finished(run) or {} for run in runs[name]] for name in options.names}
+    right = rights(folder, options.names, options.seeds)
     parts = split(images, 0)
     labels = images.labels[parts.test]
     baseline = _common(BASELINE, results, starts, costs)
     baseline["per_class_accuracy"] = _by_class(100.0 * right[BASELINE], labels, len(images.classes))
     groups = None if images.groups is None else images.groups[parts.test]
     said = {name: _cost(name, costs) for name in options.variants}
-    found = judged(right, options.smallest_gain, looks, groups, said)
+    tested = {name: right[name] for name in (BASELINE, *options.variants)}
+    found = judged(tested, options.smallest_gain, looks, groups, said)
+    names = controls.expanded(options.controls, options.variants)
+    controlled = controls.compared(
+        names, right, costs, smallest=options.smallest_gain, confidence=CONFIDENCE, groups=groups
+    )
     variants = []
     for name, verdict in found.items():
         difference = 100.0 * (right[name].astype(float) - right[BASELINE])
         variants.append(
             {
                 **_common(name, results, starts, costs),
-                **_verdict(verdict),
+                **_verdict(verdict, controls.caution(name, controlled)),
                 "per_class_gain_points": _by_class(difference, labels, len(images.classes)),
                 "gates": _gates([result["gates"] for result in results[name]]),
             }
@@ -77,15 +80,19 @@ def assemble(
             "could_see_points": _could_see([verdict.gain for verdict in found.values()]),
             "baseline": baseline,
             "variants": variants,
+            "controls": controlled,
         }
     )
     return content
 
 
-def rights(folder: Path, variants: Sequence[str], seeds: int) -> dict[str, np.ndarray]:
-    """Which test images the baseline and each variant got right, (seeds, images)."""
-    names = (BASELINE, *variants)
-    return {name: np.stack([_right(folder / RUNS / f"{name}-seed{seed}") for seed in range(seeds)]) for name in names}
+def rights(folder: Path, names: Sequence[str], seeds: int) -> dict[str, np.ndarray]:
+    """Which test images each network got right, (seeds, images)."""
+    return {name: np.stack([_right(run) for run in _runs(folder, name, seeds)]) for name in names}
+
+
+def _runs(folder: Path, name: str, seeds: int) -> list[Path]:
+    return [folder / RUNS / run_name(name, controls.seed_of(name, seed)) for seed in range(seeds)]
 
 
 def judged(
@@ -110,7 +117,7 @@ def judged(
 
 
 def _looks(looks: Looks, options: Options) -> dict[str, Any]:
-    saved = 0 if looks.most is None else (looks.most - looks.seeds[-1]) * (1 + len(options.variants))
+    saved = 0 if looks.most is None else (looks.most - looks.seeds[-1]) * len(options.names)
     number = len(looks.seeds)
     said = f"This is look {number} at this comparison, with {looks.seeds[-1]} seeds."
     if looks.most is not None:
@@ -183,7 +190,7 @@ def _common(
     }
 
 
-def _verdict(verdict: verdicts.Verdict) -> dict[str, Any]:
+def _verdict(verdict: verdicts.Verdict, caution: str) -> dict[str, Any]:
     gain = verdict.gain
     return {
         "gain_points": gain.points,
@@ -195,7 +202,7 @@ def _verdict(verdict: verdicts.Verdict) -> dict[str, Any]:
         "detectable_points": gain.detectable,
         "level": gain.level,
         "verdict": verdict.word,
-        "sentence": verdict.sentence,
+        "sentence": caution + verdict.sentence,
     }
 
 

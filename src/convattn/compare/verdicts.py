@@ -23,18 +23,6 @@ TITLES = {
 
 
 @dataclass(frozen=True)
-class Control:
-    """What a variant is held against beside the baseline: a name in words, its gain, and that of the variant over it.
-
-    `gain` is over the baseline; `over` is the variant's over the control. Both have intervals of their own.
-    """
-
-    title: str
-    gain: Gain
-    over: Gain
-
-
-@dataclass(frozen=True)
 class Verdict:
     """One of the three words on a variant, the gain with its simultaneous interval, and both in a sentence."""
 
@@ -52,7 +40,6 @@ def verdict(
     confidence: float = 0.95,
     looks: Sequence[int] | None = None,
     most_seeds: int | None = None,
-    controls: Mapping[str, tuple[str, np.ndarray]] | None = None,
     costs: Mapping[str, str] | None = None,
 ) -> dict[str, Verdict]:
     """Whether each variant is worth it: all intervals hold at once, and over all looks that were taken.
@@ -66,7 +53,6 @@ def verdict(
         looks: the numbers of seeds at all looks at this comparison so far, the last one included; None for one look
             after which none will follow.
         most_seeds: the number of seeds at which the looks end, if it was planned.
-        controls: for a variant the name of its control in words, and what that got right.
         costs: for a variant what it costs in words, put behind the gain.
 
     Raises:
@@ -83,15 +69,7 @@ def verdict(
     share = 1.0 if looks is None else level_of_look(looks, level=level, most=most_seeds) / level
     found = {}
     for name, one in simultaneous(alone, confidence=confidence, share=share).items():
-        control = None
-        if controls and name in controls:
-            called, right = controls[name]
-            control = Control(
-                called,
-                gain(baseline, right, groups=groups, confidence=confidence),
-                gain(right, variants[name], groups=groups, confidence=confidence),
-            )
-        said = sentence(name, one, len(baseline), smallest_gain, (costs or {}).get(name, ""), control)
+        said = sentence(name, one, len(baseline), smallest_gain, (costs or {}).get(name, ""))
         found[name] = Verdict(word(one, smallest_gain), one, said)
     return found
 
@@ -111,7 +89,7 @@ def word(found: Gain, smallest: float) -> str:
     return NOT_WORTH if found.high < smallest else CANNOT_TELL
 
 
-def sentence(variant: str, found: Gain, seeds: int, smallest: float, cost: str, control: Control | None = None) -> str:
+def sentence(variant: str, found: Gain, seeds: int, smallest: float, cost: str) -> str:
     """The verdict of a variant as a sentence or a few; `cost` is put behind the gain."""
     name = title(variant)
     name = name[0].upper() + name[1:]
@@ -120,9 +98,7 @@ def sentence(variant: str, found: Gain, seeds: int, smallest: float, cost: str, 
             f"{name}: cannot tell from a single seed, which gave {signed(found.points)} points{cost}. "
             f"At least 2 seeds are needed, 5 are better."
         )
-    said = _said(name, found, seeds, smallest, cost)
-    lead = "" if control is None else _against(name, found, control)
-    return " ".join(part for part in (lead, said, _could_see(found, smallest)) if part)
+    return " ".join(part for part in (_said(name, found, seeds, smallest, cost), _could_see(found, smallest)) if part)
 
 
 def _said(name: str, found: Gain, seeds: int, smallest: float, cost: str) -> str:
@@ -163,16 +139,6 @@ def _could_see(found: Gain, smallest: float) -> str:
     if seen is None or word(found, smallest) == WORTH:
         return ""
     return f"The smallest gain that it would probably have seen is {signed(seen).lstrip('+')} points."
-
-
-def _against(name: str, found: Gain, control: Control) -> str:
-    """How a variant stands to its control; empty where it is better."""
-    against = f"({signed(found.points)} against {signed(control.gain.points)} points)"
-    if control.over.points <= 0:
-        return f"{name} gains no more than {control.title} {against}."
-    if control.over.low is None or control.over.low <= 0:
-        return f"{name} is not shown to gain more than {control.title} {against}."
-    return ""
 
 
 def time_sentence(latency: dict[str, dict[str, float]]) -> str:

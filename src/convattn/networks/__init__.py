@@ -3,14 +3,16 @@
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
 from convattn import checks
 from convattn.errors import InvalidOption, UnknownName, WeightsError
+from convattn.networks import widths
 from convattn.networks.cifar_resnet import (
     NETWORKS,
     BasicBlock,
@@ -23,7 +25,7 @@ from convattn.networks.cifar_resnet import (
 )
 from convattn.networks.weights import load
 
-__all__ = ["BasicBlock", "CifarResNet", "create", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"]
+__all__ = ["BasicBlock", "CifarResNet", "create", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "wider"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -63,26 +65,58 @@ def create(name: str, *, classes: int | None = None, weights: str | Path | None 
     return network
 
 
-def _build(name: str, classes: int | None, pretrained: bool) -> nn.Module:
+def wider(name: str, *, classes: int | None = None, parameters: int) -> nn.Module:
+    """The network of that name with random weights, widened to about that number of parameters.
+
+    The search for the width leaves PyTorch's random numbers as they are.
+
+    Args:
+        name: as in `create`; a function of a file takes `width`, a factor that is 1.0 by default.
+        classes: width of the classifier; None leaves the network's own.
+        parameters: more than the network has; the nearest number that its width allows is taken.
+
+    Raises:
+        UnknownName: no such network.
+        InvalidOption: it has no option for its width, or that many parameters already.
+
+    Example:
+        >>> network = wider("resnet20", classes=10, parameters=280_000)
+        >>> sum(parameter.numel() for parameter in network.parameters())
+        279503
+    """
+
+    def build(options: Mapping[str, Any]) -> nn.Module:
+        return _build(name, classes, False, options)
+
+    ours = name.rpartition(":")[0] == "" and name in NETWORKS
+    source = "own" if ours or ".py:" in name else name.rpartition(":")[0] or "timm"
+    return build(widths.options(name, source, build, parameters))
+
+
+def _build(
+    name: str, classes: int | None, pretrained: bool, more: Mapping[str, Any] = MappingProxyType({})
+) -> nn.Module:
+    """Build a network, with `more` options of its own."""
     if ".py:" in name:
-        return _own(name, classes, pretrained)
+        return _own(name, classes, pretrained, more)
     if name.endswith(".py"):
         raise UnknownName(f"{name} is a file: name the function in it that returns the network, {name}:FUNCTION.")
     source, _, bare = name.rpartition(":")
     if source == "timm" or (source == "" and bare not in NETWORKS):
-        return _timm(bare, classes, pretrained, bare_name=source == "")
+        return _timm(bare, classes, pretrained, more, bare_name=source == "")
     if source == "torchvision":
-        return _torchvision(bare, classes, pretrained)
+        return _torchvision(bare, classes, pretrained, more)
     if source:
         raise UnknownName(
             f"No source of networks is called {source!r}: use timm:NAME, torchvision:NAME or FILE.py:NAME."
         )
     if pretrained:
         raise WeightsError(f"{bare} brings no pretrained weights: give a file of weights instead.")
-    return _described(NETWORKS[bare]() if classes is None else NETWORKS[bare](classes=classes), size=32)
+    given = {} if classes is None else {"classes": classes}
+    return _described(NETWORKS[bare](**given, **more), size=32)
 
 
-def _timm(name: str, classes: int | None, pretrained: bool, *, bare_name: bool) -> nn.Module:
+def _timm(name: str, classes: int | None, pretrained: bool, more: Mapping[str, Any], *, bare_name: bool) -> nn.Module:
     try:
         timm = checks.extra("timm", f"The network {name!r}")
     except ImportError as error:
@@ -100,13 +134,13 @@ def _timm(name: str, classes: int | None, pretrained: bool, *, bare_name: bool) 
         raise UnknownName(
             f"No weights of timm are called {name!r}. {checks.suggestion(name, timm.list_pretrained())}"
         ) from error
-    options = {} if classes is None else {"num_classes": classes}
+    options = dict(more) if classes is None else {"num_classes": classes, **more}
     network = _fetched(name, pretrained, lambda: timm.create_model(name, pretrained=pretrained, **options))
     config: Any = network.pretrained_cfg
     return _described(network, mean=config["mean"], std=config["std"], size=config["input_size"][-1])
 
 
-def _torchvision(name: str, classes: int | None, pretrained: bool) -> nn.Module:
+def _torchvision(name: str, classes: int | None, pretrained: bool, more: Mapping[str, Any]) -> nn.Module:
     models = checks.extra("torchvision.models", f"The network 'torchvision:{name}'")
     if name not in models.list_models():
         raise UnknownName(f"torchvision has no network {name!r}. {checks.suggestion(name, models.list_models())}")
@@ -115,7 +149,7 @@ def _torchvision(name: str, classes: int | None, pretrained: bool) -> nn.Module:
     # a network around a backbone would fetch the backbone's weights
     takes = inspect.signature(models.get_model_builder(name)).parameters
     backbone = {"weights_backbone": None} if "weights_backbone" in takes else {}
-    network = _fetched(name, pretrained, lambda: models.get_model(name, weights=chosen, **backbone))
+    network = _fetched(name, pretrained, lambda: models.get_model(name, weights=chosen, **backbone, **more))
     if classes is not None:
         _reset_classifier(network, name, classes)
     size = getattr(preset, "crop_size", [None])[0]
@@ -136,7 +170,7 @@ def _reset_classifier(network: nn.Module, name: str, classes: int) -> None:
         setattr(network.get_submodule(parent), key, fresh)
 
 
-def _own(name: str, classes: int | None, pretrained: bool) -> nn.Module:
+def _own(name: str, classes: int | None, pretrained: bool, more: Mapping[str, Any]) -> nn.Module:
     file, _, function = name.rpartition(":")
     path = Path(file)
     if not path.is_file():
@@ -148,6 +182,8 @@ def _own(name: str, classes: int | None, pretrained: bool) -> nn.Module:
     for key in ("classes", "num_classes"):
         if classes is not None and (key in accepted or (anything and key == "classes")):
             options[key] = classes
+    classes_taken = bool(options)
+    options |= {key: value for key, value in more.items() if key in accepted or anything}
     if pretrained:
         if "pretrained" not in accepted:
             raise WeightsError(f"{name} takes no argument `pretrained`: give a file of weights instead.")
@@ -159,7 +195,7 @@ def _own(name: str, classes: int | None, pretrained: bool) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise UnknownName(f"{name} returned {type(network).__name__}, expected a torch.nn.Module.")
     linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    if classes is not None and not options and linear and linear[-1].out_features != classes:
+    if classes is not None and not classes_taken and linear and linear[-1].out_features != classes:
         raise InvalidOption(
             f"{name} takes no argument `classes` and returned a network of {linear[-1].out_features} classes, "
             f"not {classes}."

@@ -64,20 +64,24 @@ class CifarResNet(nn.Module):
         blocks: blocks in each stage.
         classes: width of the classifier.
         shortcut: `"A"` or `"B"`, see `BasicBlock`.
+        width: factor on the channels of each stage, rounded to whole ones.
     """
 
-    def __init__(self, blocks: int, *, classes: int = 10, shortcut: str = "A") -> None:
+    def __init__(self, blocks: int, *, classes: int = 10, shortcut: str = "A", width: float = 1.0) -> None:
         super().__init__()
         checks.positive("CifarResNet", "classes", classes)
         checks.choice("CifarResNet", "shortcut", shortcut, ("A", "B"))
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
+        # the narrowest has a channel in each stage, the widest takes days to train
+        checks.between("CifarResNet", "width", width, 1 / 16, 64)
+        first, second, third = (round(width * channels) for channels in (16, 32, 64))
+        self.conv1 = nn.Conv2d(3, first, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(first)
         self.relu = nn.ReLU()
-        self.layer1 = _stage(16, 16, blocks, 1, shortcut)
-        self.layer2 = _stage(16, 32, blocks, 2, shortcut)
-        self.layer3 = _stage(32, 64, blocks, 2, shortcut)
-        self.avgpool = AvgPool(64)
-        self.linear = nn.Linear(64, classes)
+        self.layer1 = _stage(first, first, blocks, 1, shortcut)
+        self.layer2 = _stage(first, second, blocks, 2, shortcut)
+        self.layer3 = _stage(second, third, blocks, 2, shortcut)
+        self.avgpool = AvgPool(third)
+        self.linear = nn.Linear(third, classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
@@ -89,29 +93,29 @@ class CifarResNet(nn.Module):
         return self.linear(self.avgpool(x))  # type: ignore[no-any-return]
 
 
-def resnet20(*, classes: int = 10, shortcut: str = "A") -> CifarResNet:
+def resnet20(*, classes: int = 10, shortcut: str = "A", width: float = 1.0) -> CifarResNet:
     """ResNet-20: with 10 classes 269,722 parameters, with shortcut B 272,474."""
-    return CifarResNet(3, classes=classes, shortcut=shortcut)
+    return CifarResNet(3, classes=classes, shortcut=shortcut, width=width)
 
 
-def resnet32(*, classes: int = 10, shortcut: str = "A") -> CifarResNet:
+def resnet32(*, classes: int = 10, shortcut: str = "A", width: float = 1.0) -> CifarResNet:
     """ResNet-32."""
-    return CifarResNet(5, classes=classes, shortcut=shortcut)
+    return CifarResNet(5, classes=classes, shortcut=shortcut, width=width)
 
 
-def resnet44(*, classes: int = 10, shortcut: str = "A") -> CifarResNet:
+def resnet44(*, classes: int = 10, shortcut: str = "A", width: float = 1.0) -> CifarResNet:
     """ResNet-44."""
-    return CifarResNet(7, classes=classes, shortcut=shortcut)
+    return CifarResNet(7, classes=classes, shortcut=shortcut, width=width)
 
 
-def resnet56(*, classes: int = 10, shortcut: str = "A") -> CifarResNet:
+def resnet56(*, classes: int = 10, shortcut: str = "A", width: float = 1.0) -> CifarResNet:
     """ResNet-56."""
-    return CifarResNet(9, classes=classes, shortcut=shortcut)
+    return CifarResNet(9, classes=classes, shortcut=shortcut, width=width)
 
 
-def resnet110(*, classes: int = 10, shortcut: str = "A") -> CifarResNet:
+def resnet110(*, classes: int = 10, shortcut: str = "A", width: float = 1.0) -> CifarResNet:
     """ResNet-110."""
-    return CifarResNet(18, classes=classes, shortcut=shortcut)
+    return CifarResNet(18, classes=classes, shortcut=shortcut, width=width)
 
 
 NETWORKS: dict[str, Callable[..., CifarResNet]] = {

@@ -1,7 +1,17 @@
 """One run: a network and images in, scores out."""
 
 from convattn.train.recipe import Recipe
-from convattn.train.run import Progress, Run, RunSpec, evaluation_shape, execute, finished, start_accuracy, write
+from convattn.train.run import (
+    Progress,
+    Run,
+    RunSpec,
+    evaluation_shape,
+    execute,
+    finished,
+    run_name,
+    start_accuracy,
+    write,
+)
 
 __all__ = [
     "Progress",
@@ -11,6 +21,7 @@ __all__ = [
     "evaluation_shape",
     "execute",
     "finished",
+    "run_name",
     "start_accuracy",
     "write",
 ]

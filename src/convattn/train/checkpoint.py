@@ -13,25 +13,31 @@ from torch import nn
 from convattn import networks
 from convattn.attachment import attach
 from convattn.errors import WeightsError
+from convattn.train import controls
 
 BASELINE = "baseline"
 KEYS = ("backbone", "variant", "start", "classes", "image_size", "mean", "std")
 
 
 def build(about: dict[str, Any], *, weights: str | None = None) -> nn.Module:
-    """The network that `about` describes: its backbone, with the variant's attention if it has any."""
+    """The network that `about` describes: its backbone, with the variant's attention or its control if it has any."""
+    kind, variant = controls.parts(about["variant"])
+    if kind == controls.WIDER:
+        return controls.wider(about, variant, weights=weights)
     network = networks.create(about["backbone"], classes=len(about["classes"]), weights=weights)
-    if about["variant"] != BASELINE:
+    if variant != BASELINE and kind != controls.NOISE:
         side = about["image_size"]
-        attach(network, about["variant"], example=torch.zeros(1, 3, side, side), start=about["start"])
+        attach(network, variant, example=torch.zeros(1, 3, side, side), start=about["start"])
+        if kind is not None:
+            controls.exchange(network, kind, variant)
     return network
 
 
 def save(path: Path, network: nn.Module, about: dict[str, Any]) -> None:
     """Write a network to a safetensors file, with `about` in its metadata.
 
-    `about` has the keys `backbone`, `variant` (`"baseline"` or a name for `attach`), `start`, `classes` (the list of
-    their names), `image_size`, `mean` and `std`.
+    `about` has the keys `backbone`, `variant` (`"baseline"`, a name for `attach`, or a control), `start`, `classes` (a
+    list of their names), `image_size`, `mean` and `std`.
     """
     partial = path.with_suffix(".partial")
     partial.write_bytes(serialized(network, metadata={"convattn": json.dumps(about)}))

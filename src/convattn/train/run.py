@@ -33,7 +33,7 @@ SECONDS_BETWEEN_CHECKPOINTS = 60
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What one run is: a variant (`"baseline"` or a name for `attach`), a seed, and what all runs share."""
+    """What one run is: a variant (`"baseline"`, a name for `attach`, or a control), a seed, and what all runs share."""
 
     variant: str
     seed: int
@@ -48,7 +48,13 @@ class RunSpec:
     @property
     def name(self) -> str:
         """The name of the run's folder."""
-        return f"{self.variant}-seed{self.seed}"
+        return run_name(self.variant, self.seed)
+
+
+def run_name(variant: str, seed: int) -> str:
+    """The name of the folder of a run."""
+    # no colon: Windows takes none in a file's name
+    return f"{variant.replace(':', '-')}-seed{seed}"
 
 
 @dataclass(frozen=True)
