@@ -80,7 +80,7 @@ def test_a_planted_leak_is_a_warning_and_no_verdict(
 def test_the_pictures_are_those_of_the_files(tmp_path: Path) -> None:
     data = leaking(tmp_path / "data", exact=3, near=9)
     images = decoded(data, tmp_path / "out")
-    found = leaks.search(images, split(images, 0), tmp_path / "out")
+    found = leaks.search(images, None, tmp_path / "out")
     assert [one["exact"] for one in found["examples"]] == [True] * 3 + [False] * 9
     assert ["pictures" in one for one in found["examples"]] == [True] * 6 + [False] * 6
     for one in found["examples"][:6]:
@@ -91,17 +91,17 @@ def test_the_pictures_are_those_of_the_files(tmp_path: Path) -> None:
 
 def test_they_are_sought_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = decoded(leaking(tmp_path / "data", exact=3), tmp_path / "out")
-    found = leaks.search(images, split(images, 0), tmp_path / "out")
+    found = leaks.search(images, None, tmp_path / "out")
     monkeypatch.setattr(leaks, "find_duplicates", None)
     # with another seed, and without the pixels, which are gone once everything is done
     (tmp_path / "out" / "images.npy").unlink()
     again = Images.load(tmp_path / "out")
-    assert leaks.search(again, split(again, 1), tmp_path / "out") == found
+    assert leaks.search(again, None, tmp_path / "out") == found
 
 
 def test_duplicates_of_another_class_are_named(tmp_path: Path) -> None:
     images = decoded(leaking(tmp_path / "data", exact=3, other_class=True), tmp_path / "out")
-    found = leaks.search(images, split(images, 0), tmp_path / "out")
+    found = leaks.search(images, None, tmp_path / "out")
     assert found["other_class"] == 3
     lines = leaks.warnings(leaks.counts(images, split(images, 0)), found, 201)
     assert lines[1].startswith(

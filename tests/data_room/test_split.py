@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convattn.data import Images, check_counts, per_class, split
+from convattn.data import Images, check_counts, fold_of, overview, per_class, split
 from convattn.errors import DataError
 
 PARTS = ("train", "validation", "test")
@@ -245,3 +245,64 @@ def test_groups_that_cannot_be_dealt() -> None:
     with pytest.raises(DataError, match="cannot be dealt to training, validation and test without tearing one"):
         for seed in range(5):
             split(found, seed)
+
+
+# folds
+
+
+@given(counts=st.lists(st.integers(6, 40), min_size=2, max_size=5), folds=st.integers(2, 6), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=40)
+def test_every_image_is_tested_in_one_fold(counts: list[int], folds: int, seed: int) -> None:
+    found = images(given_in_none=counts)
+    parts = [split(found, seed, fold=fold, folds=folds) for fold in range(folds)]
+    assert np.array_equal(np.sort(np.concatenate([one.test for one in parts])), np.arange(sum(counts)))
+    for one in parts:
+        assert np.array_equal(np.sort(np.concatenate([one.train, one.validation, one.test])), np.arange(sum(counts)))
+        assert min(counted(found, one.train)) >= 1 and min(counted(found, one.validation)) >= 1
+        # equal shares of every class, but for one image
+        assert all(abs(here - count / folds) < 1 for here, count in zip(counted(found, one.test), counts, strict=True))
+
+
+def test_folds_are_the_same_for_all_seeds_and_validation_is_not() -> None:
+    found = images(given_in_none=[40, 40])
+    one, other = (split(found, seed, fold=1, folds=4) for seed in (0, 1))
+    assert np.array_equal(one.test, other.test)
+    assert not np.array_equal(one.validation, other.validation)
+
+
+def test_given_parts_do_not_count_in_folds() -> None:
+    found = images(train=[20, 20], test=[10, 10])
+    assert counted(found, split(found, 0, fold=0, folds=5).test) == [6, 6]
+    assert np.array_equal(overview(found, 5).test, np.arange(60))
+    assert np.array_equal(overview(found, None).test, split(found, 0).test)
+
+
+@given(sizes=st.lists(st.integers(1, 6), min_size=30, max_size=60), folds=st.integers(2, 5))
+@settings(deadline=None, max_examples=30)
+def test_no_fold_tears_a_group(sizes: list[int], folds: int) -> None:
+    classes = np.arange(len(sizes)) % 3
+    found = images(given_in_none=[sum(np.array(sizes)[classes == label]) for label in range(3)])
+    groups = np.concatenate(
+        [np.repeat(np.flatnonzero(classes == label), np.array(sizes)[classes == label]) for label in range(3)]
+    )
+    found = replace(found, groups=groups)
+    for fold in range(folds):
+        parts = split(found, 0, fold=fold, folds=folds)
+        for one, other in (("train", "test"), ("validation", "test"), ("train", "validation")):
+            assert not set(groups[getattr(parts, one)]) & set(groups[getattr(parts, other)])
+
+
+@pytest.mark.parametrize(("count", "folds", "fits"), [(5, 5, True), (4, 5, False), (3, 2, False), (4, 2, True)])
+def test_a_class_with_too_few_images_for_the_folds(count: int, folds: int, fits: bool) -> None:
+    found = images(given_in_none=[30, count])
+    if fits:
+        assert len(np.unique(fold_of(found, folds))) == folds
+    else:
+        with pytest.raises(DataError, match=f"The class 'class 1' has too few images for {folds} folds: {count}"):
+            fold_of(found, folds)
+
+
+def test_a_class_with_too_few_groups_for_the_folds() -> None:
+    found = replace(images(given_in_none=[30, 30]), groups=np.arange(60) // 10)
+    with pytest.raises(DataError, match="has too few groups for 5 folds: 3"):
+        fold_of(found, 5)

@@ -25,10 +25,10 @@ def results(
     start: str = "paper",
     sites: int = 9,
 ) -> dict[str, Any]:
-    """Results of schema 1; the same arguments give the same results."""
+    """Results of schema 2; the same arguments give the same results."""
     draw = random.Random(7)
     return {
-        "schema": 1,
+        "schema": 2,
         "convattn": "0.1.0",
         "data": {
             "name": "digits",

@@ -331,8 +331,8 @@ def test_a_failed_write_leaves_the_old_report(tmp_path: Path, monkeypatch: pytes
 
 
 def test_results_of_another_schema_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ComparisonError, match=r"expected results of schema 1, got schema 2; write the report with"):
-        convattn.reporting.write({"schema": 2}, tmp_path / "none")
+    with pytest.raises(ComparisonError, match=r"expected results of schema 2, got schema 1; write the report with"):
+        convattn.reporting.write({"schema": 1}, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 

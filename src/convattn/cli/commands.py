@@ -26,6 +26,7 @@ Examples:
   convattn compare digits --variants cbam --controls placebo,adapter,wider,noise
   convattn compare photos/ --until decided --max-seeds 12
   convattn compare convattn-photos-1a2b3c4d --add-seeds 3
+  convattn compare photos/ --folds 5
 """
 
 SITES_EXAMPLES = """\b
@@ -98,6 +99,9 @@ def compare(
     add_seeds: Annotated[
         int | None, typer.Option(help="Go on with the comparison whose folder is given as DATA, with more seeds.")
     ] = None,
+    folds: Annotated[
+        int | None, typer.Option(help="Test every image once for each seed, in so many folds.", show_default="none")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(show_default="30, with loaded weights 10")] = None,
     image_size: Annotated[
         int | None, typer.Option(help="Side in pixels.", show_default="the network's, or the images' if less")
@@ -138,6 +142,7 @@ def compare(
         until=until,
         max_seeds=max_seeds,
         add_seeds=add_seeds,
+        folds=folds,
         epochs=epochs,
         image_size=image_size,
         batch_size=batch_size,

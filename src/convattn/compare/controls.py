@@ -66,6 +66,7 @@ def compared(
     smallest: float,
     confidence: float,
     groups: np.ndarray | None = None,
+    folds: int | None = None,
 ) -> list[dict[str, Any]]:
     """What each control gains over the baseline, and what its variant gains over it.
 
@@ -76,8 +77,9 @@ def compared(
         smallest: the smallest gain in points that is worth it.
         confidence: of the intervals.
         groups: for each image its group, see `stats.gain`.
+        folds: see `stats.gain`.
     """
-    gain = partial(stats.gain, confidence=confidence, groups=groups)
+    gain = partial(stats.gain, confidence=confidence, groups=groups, folds=folds)
     found = []
     for name in names:
         told = _noise(right, smallest, gain) if name == NOISE else _control(name, right, costs, gain)

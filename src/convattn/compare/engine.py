@@ -12,7 +12,8 @@ report.html   the report
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,36 +28,41 @@ from convattn.compare.options import (
     DEFAULT_VARIANTS,
     WEIGHT_DECAY,
     Options,
+    backbone_of,
     check_networks,
     fingerprint_of,
     parse,
 )
-from convattn.compare.results import assemble, judged, rights
+from convattn.compare.results import assemble, judged, rights, runs_of, tested_groups
 from convattn.compare.verdicts import signed
 from convattn.compare.workers import RUNS, run_all
-from convattn.data import ARRAY, Images, Source, Split, check_counts, decode, open_source, split
+from convattn.data import ARRAY, Images, Source, check_counts, decode, open_source, overview, split
 from convattn.errors import ComparisonError, InvalidOption
 from convattn.registry import entry
 from convattn.tables import aligned
-from convattn.train import RunSpec, evaluation_shape, finished, start_accuracy, write
+from convattn.train import RunSpec, evaluation_shape, finished, functions, start_accuracy, write
 from convattn.train.checkpoint import BASELINE
 from convattn.train.controls import NOISE
 
 START, RESULTS = "start.json", "results.json"
+# fewer test images than this make intervals wide, whatever the number of seeds: half a point is five images
+FEW_TESTS = 1000
 
 
 def run(
     data: str | Path,
     *,
-    backbone: str = "resnet20",
+    backbone: str | functions.Build = "resnet20",
     weights: str | Path | None = None,
-    variants: str | Sequence[str] = DEFAULT_VARIANTS,
+    variants: str | Sequence[str] | Mapping[str, functions.Build] = DEFAULT_VARIANTS,
+    train: functions.Train | None = None,
     controls: str | Sequence[str] = "none",
     start: str | None = None,
     seeds: int | None = None,
     until: str | None = None,
     max_seeds: int | None = None,
     add_seeds: int | None = None,
+    folds: int | None = None,
     epochs: int | None = None,
     image_size: int | None = None,
     batch_size: int = 128,
@@ -79,9 +85,15 @@ def run(
         data: a folder of class folders, with or without `train`, `val` and `test` above them; an archive of one; a CSV
             file with the columns `path,label[,split][,group]`, where no group is torn between the splits; or
             `"digits"`.
-        backbone: see `convattn.networks.create`.
+        backbone: see `convattn.networks.create`; or a function of a seed that returns any module.
         weights: `"pretrained"`, None for random ones, or a file.
-        variants: registered names, joined with `+`, as a sequence or separated by commas.
+        variants: registered names, joined with `+`, as a sequence or separated by commas; or a dictionary from names
+            of your own to functions of a seed that return any module, of as many classes as the data have. PyTorch's
+            random numbers have that seed when such a function is called.
+        train: in place of our training, a function of (model, split, seed) that trains the model and returns the class
+            probabilities of the test images, (images, classes). `split.train`, `split.validation` and `split.test` are
+            datasets of (x, label), see `convattn.data.Part`; the labels of the test images are hidden. It is called
+            for the baseline and for every variant alike, and what it draws at random should follow from the seed.
         controls: networks without the idea of a variant, for each variant `"placebo"` (the same module fed a constant),
             `"adapter"` (an ungated bottleneck of its size) and `"wider"` (a wider network of its size, from random
             weights), and once `"noise"` (the baseline with other seeds); as a sequence or separated by commas.
@@ -89,7 +101,10 @@ def run(
         seeds: how many; by default 5, and 3 to begin with where it goes on until decided.
         until: `"decided"` adds a seed at a time until every variant is decided or will hardly be, see `max_seeds`.
         max_seeds: the most seeds then, 12 by default; every look in between spends from one budget.
-        add_seeds: go on with the comparison in the folder `data` with so many seeds more; all else is as it was there.
+        add_seeds: go on with the comparison in the folder `data` with so many seeds more; all else is as it was there,
+            but for functions, which have to be given again.
+        folds: test every image once for each seed, by one of so many networks that did not see it; for data of few
+            images. Parts that the data are given in then do not count.
         epochs: by default 30 from random weights and 10 from loaded ones.
         image_size: side in pixels; by default what the network was made for, or the images' own if that is less.
         batch_size: images in a training step.
@@ -111,7 +126,9 @@ def run(
         RunFailed: a run broke.
     """
     if add_seeds is not None:
-        return _continued(data, add_seeds, jobs=jobs, device=device, smallest_gain=smallest_gain, quiet=quiet)
+        given = {"backbone": backbone, "variants": variants, "train": train}
+        how = {"jobs": jobs, "device": device, "quiet": quiet}
+        return _continued(data, add_seeds, given, smallest_gain=smallest_gain, **how)
     options = parse(
         data,
         backbone=backbone,
@@ -131,10 +148,12 @@ def run(
         smallest_gain=smallest_gain,
         until=until,
         max_seeds=max_seeds,
+        folds=folds,
+        train=train,
     )
     display = Display(quiet=quiet)
     for variant in options.variants:
-        for name in variant.split("+"):
+        for name in variant.split("+") if variant not in options.builds else ():
             entry(name)
     source = open_source(data)
     folder = Path(out) if out is not None else options.folder(source.name)
@@ -146,11 +165,14 @@ def run(
         torch.set_num_threads(threads)
 
 
-def _continued(folder: str | Path, more: int, *, smallest_gain: float | None, **how: Any) -> dict[str, Any]:
-    """The comparison of a folder with more seeds."""
+def _continued(
+    folder: str | Path, more: int, given: dict[str, Any], *, smallest_gain: float | None, **how: Any
+) -> dict[str, Any]:
+    """The comparison of a folder with more seeds, its functions as given."""
     checks.positive("compare", "add_seeds", more)
     folder = Path(folder)
     asked = folders.options_of(folder)
+    asked |= _functions(folder, asked.pop("builds"), asked.pop("train"), given)
     taken = rounds.looks(folder, None)
     if not taken.seeds:
         raise ComparisonError(f"{folder} is not done yet: give the command that began it once more.")
@@ -161,12 +183,26 @@ def _continued(folder: str | Path, more: int, *, smallest_gain: float | None, **
     return run(**asked, seeds=taken.seeds[-1] + more, smallest_gain=smallest, out=folder, **how)
 
 
+def _functions(folder: Path, builds: dict[str, str], train: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The functions that a comparison was begun with; that they are the same is checked with all other options."""
+    wanted = {"backbone": BASELINE in builds, "variants": bool(set(builds) - {BASELINE}), "train": train is not None}
+    found = {name: given[name] for name, there in wanted.items() if there}
+    for name, one in found.items():
+        if not callable(one) and not (name == "variants" and isinstance(one, Mapping)):
+            raise ComparisonError(
+                f"{folder} was begun from Python with functions of its own: call convattn.compare.run there with "
+                f"add_seeds and the same {', '.join(found)}."
+            )
+    return found
+
+
 def _prepared(options: Options, source: Source, folder: Path, display: Display) -> Images:
     """The images of a comparison, in its folder; the folder is there only if everything in the request is right."""
     fingerprints = {
         "images": source.fingerprint(),
         "weights": fingerprint_of(options.weights),
         "network": fingerprint_of(options.backbone.rpartition(":")[0]),
+        "functions": functions.fingerprint(options.callables),
     }
     known = folders.check(folder, options, fingerprints)
     rounds.check(folder, options.seeds, options.max_seeds)
@@ -189,11 +225,15 @@ def _decoded(options: Options, source: Source, folder: Path, display: Display) -
         images = decode(listing, folder, image_size=options.image_size, wanted_size=wanted)
     finally:
         folders.clear(folder)
-    check_counts(images)
-    for seed in range(options.seeds):
+    if options.folds is None:
+        check_counts(images)
+    for seed, fold in options.parts:
         # groups may not fit, which should be known before the first run
-        split(images, seed)
-    _check_forward(network, images, options)
+        split(images, seed, fold=fold, folds=options.folds)
+    _check_forward(network, images, options.backbone)
+    for name, build in options.builds.items():
+        if name != BASELINE:
+            _check_forward(_built(build, network)(0), images, name)
     return images
 
 
@@ -202,44 +242,49 @@ def _is_complete(options: Options, folder: Path) -> bool:
     if options.until:
         # what is left shows only when it has been looked at
         return False
-    runs = [folder / RUNS / spec.name for spec in _specs(options, options.seeds, threads=1)]
+    runs = [run for name in options.names for run in runs_of(folder, name, options)]
     files = [folder / START, folder / timing.COST, folder / leaks.LEAKS]
     return all(finished(run) is not None for run in runs) and all(file.exists() for file in files)
 
 
-def _check_forward(network: torch.nn.Module, images: Images, options: Options) -> None:
+def _check_forward(network: torch.nn.Module, images: Images, name: str) -> None:
     try:
         shape = evaluation_shape(network, images)
     except Exception as error:
         raise InvalidOption(
-            f"{options.backbone} does not take images of {images.size} x {images.size} pixels "
+            f"{name} does not take images of {images.size} x {images.size} pixels "
             f"({checks.reason(error)}): try another --image-size."
         ) from error
     if shape != (2, len(images.classes)):
         raise InvalidOption(
-            f"{options.backbone} gives an output of shape {shape} for 2 images, expected (2, {len(images.classes)}), a "
+            f"{name} gives an output of shape {shape} for 2 images, expected (2, {len(images.classes)}), a "
             f"score for each class of the data."
         )
 
 
 def _carried_out(options: Options, images: Images, folder: Path, display: Display, threads: int) -> dict[str, Any]:
-    firsts = [_spec(options, name, 0, threads) for name in options.names]
-    parts = split(images, 0)
+    like = backbone_of(options, len(images.classes)) if options.builds else None
+    firsts = _specs(replace(options, seeds=1), threads, like)[: len(options.names)]
+    parts = overview(images, options.folds)
+    tests = len(parts.test)
     display.say(
         f"{len(images.classes)} classes, {len(parts.train):,} training, {len(parts.validation):,} validation and "
-        f"{len(parts.test):,} test images of {images.size} x {images.size} pixels; {options.backbone} with "
-        f"{options.weights or 'random'} weights; results in {folder}"
+        f"{tests:,} test images of {images.size} x {images.size} pixels"
+        + (f", tested in {options.folds} folds" if options.folds else "")
+        + f"; {options.backbone} with {options.weights or 'random'} weights; results in {folder}"
     )
-    _tell_what_is_wrong(images, parts, folder, display)
-    starts = _start_accuracies(firsts, images, folder, display, len(parts.test))
-    seen = stats.detectable(options.seeds, len(parts.test), variants=len(options.variants))
+    if options.folds is None and tests < FEW_TESTS:
+        display.say(f"These are few test images: with --folds 5, each of {len(images.labels):,} images is tested.")
+    _tell_what_is_wrong(images, options.folds, folder, display)
+    starts = _start_accuracies(firsts, images, folder, display)
+    seen = stats.detectable(options.seeds, tests, variants=len(options.variants), folds=options.folds)
     display.say(
-        f"With {options.seeds} seeds and {len(parts.test):,} test images, this comparison can see gains of about "
+        f"With {options.seeds} seeds and {tests:,} test images, this comparison can see gains of about "
         f"{seen:.1f} points or more."
         if seen is not None
         else "With a single seed this comparison can see no gain: it has no interval. Take at least 2, better 5."
     )
-    taken = _rounds(options, images, folder, display, max(1, threads // options.jobs))
+    taken = _rounds(options, images, folder, display, max(1, threads // options.jobs), like)
     if not (folder / timing.COST).exists():
         display.say("Measuring what each variant costs ...")
     # the noise is the baseline's network
@@ -252,20 +297,24 @@ def _carried_out(options: Options, images: Images, folder: Path, display: Displa
     return {**results, "folder": str(folder)}
 
 
-def _rounds(options: Options, images: Images, folder: Path, display: Display, threads: int) -> rounds.Looks:
+def _rounds(
+    options: Options, images: Images, folder: Path, display: Display, threads: int, like: torch.nn.Module | None
+) -> rounds.Looks:
     """Train all runs, and go on seed by seed until everything is decided where that was asked for; the looks taken."""
     taken = rounds.looks(folder, options.max_seeds)
-    groups = None if images.groups is None else images.groups[split(images, 0).test]
+    groups = tested_groups(images, options.folds)
     seeds = max(options.seeds, *taken.seeds, 1) if options.until else options.seeds
     while True:
-        specs = _specs(options, seeds, threads=threads)
+        now = replace(options, seeds=seeds)
+        specs = _specs(now, threads, like)
         already = sum(finished(folder / RUNS / spec.name) is not None for spec in specs)
         with display.watch(len(specs), already):
             run_all(specs, images, folder, options.jobs, display.update)
         taken = rounds.record(folder, taken, seeds)
         if options.max_seeds is None:
             return taken
-        found = judged(rights(folder, (BASELINE, *options.variants), seeds), options.smallest_gain, taken, groups)
+        right = rights(folder, (BASELINE, *options.variants), now, images)
+        found = judged(right, options.smallest_gain, taken, groups, folds=options.folds)
         words = ", ".join(f"{name} {one.word} ({signed(one.gain.points)})" for name, one in found.items())
         display.say(f"Look {len(taken.seeds)}, with {seeds} seeds: {words}")
         if rounds.is_over(found, taken, options.max_seeds, options.smallest_gain):
@@ -273,23 +322,25 @@ def _rounds(options: Options, images: Images, folder: Path, display: Display, th
         seeds += 1
 
 
-def _tell_what_is_wrong(images: Images, parts: Split, folder: Path, display: Display) -> None:
+def _tell_what_is_wrong(images: Images, folds: int | None, folder: Path, display: Display) -> None:
+    parts = overview(images, folds)
     counts = leaks.counts(images, parts)
     for line in aligned(leaks.table(images.classes, counts["per_class"]), "<>>>"):
         display.say(f"  {line}")
     if not (folder / leaks.LEAKS).exists():
         display.say("Looking for test images among the others ...")
-    for line in leaks.warnings(counts, leaks.search(images, parts, folder), len(parts.test)):
+    for line in leaks.warnings(counts, leaks.search(images, folds, folder), len(parts.test)):
         display.warn(line)
 
 
-def _start_accuracies(
-    specs: Sequence[RunSpec], images: Images, folder: Path, display: Display, tests: int
-) -> dict[str, float]:
+def _start_accuracies(specs: Sequence[RunSpec], images: Images, folder: Path, display: Display) -> dict[str, float]:
     """The test accuracy of every variant before training, for the first seed, printed as they come."""
     path = folder / START
     known: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    display.say(f"Accuracy on the {tests:,} test images before any training:")
+    fold, folds = specs[0].fold, specs[0].folds
+    tests = len(split(images, 0, fold=fold, folds=folds).test)
+    which = "" if fold is None else " of the first fold"
+    display.say(f"Accuracy on the {tests:,} test images{which} before any training:")
     for spec in specs:
         if spec.variant not in known:
             torch.set_num_threads(spec.threads)
@@ -299,11 +350,23 @@ def _start_accuracies(
     return known
 
 
-def _specs(options: Options, seeds: int, *, threads: int) -> list[RunSpec]:
-    return [_spec(options, name, seed, threads) for seed in range(seeds) for name in options.names]
+def _specs(options: Options, threads: int, like: torch.nn.Module | None) -> list[RunSpec]:
+    """All runs; networks that functions build are taken to want images `like` the backbone does."""
+    return [
+        _spec(options, name, seed, threads, fold=fold, like=like)
+        for seed, fold in options.parts
+        for name in options.names
+    ]
 
 
-def _spec(options: Options, variant: str, seed: int, threads: int) -> RunSpec:
+def _built(build: functions.Build, like: Any) -> functions.Built:
+    return functions.Built(build, like.input_mean, like.input_std, like.input_size)
+
+
+def _spec(
+    options: Options, variant: str, seed: int, threads: int, *, fold: int | None, like: torch.nn.Module | None
+) -> RunSpec:
+    build = options.builds.get(variant, options.builds.get(BASELINE))
     return RunSpec(
         variant=variant,
         seed=seed_of(variant, seed),
@@ -314,6 +377,11 @@ def _spec(options: Options, variant: str, seed: int, threads: int) -> RunSpec:
         flip=options.flip,
         device=options.device,
         threads=threads,
+        build=None if build is None else _built(build, like),
+        whole=variant in options.builds or variant == NOISE,
+        train=options.train,
+        fold=fold,
+        folds=options.folds,
     )
 
 

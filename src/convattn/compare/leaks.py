@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from convattn import checks
-from convattn.data import Images, Pair, Split, find_duplicates, per_class
+from convattn.data import Images, Pair, Split, find_duplicates, per_class, split
 from convattn.train import write
 
 LEAKS = "leaks.json"
@@ -22,15 +22,23 @@ PICTURE = 96
 NAMES = {"train": "training", "validation": "validation", "test": "test"}
 
 
-def search(images: Images, parts: Split, folder: Path) -> dict[str, Any]:
+def search(images: Images, folds: int | None, folder: Path) -> dict[str, Any]:
     """The test images that are among those for training and validation, sought once: both are the same for all seeds.
+
+    Of folds, each is sought among the others.
 
     Gives the numbers of test images with an `exact` or only a `near` duplicate, how many have another class than theirs
     (`other_class`), and some `examples`, the first of them with pictures (PNG in base64).
     """
     path = folder / LEAKS
     if not path.exists():
-        pairs = find_duplicates(images.pixels, parts.test, np.union1d(parts.train, parts.validation))
+        every = [split(images, 0, fold=fold, folds=folds) for fold in ([None] if folds is None else range(folds))]
+        pairs = [
+            pair
+            for parts in every
+            for pair in find_duplicates(images.pixels, parts.test, np.union1d(parts.train, parts.validation))
+        ]
+        pairs.sort(key=lambda pair: (not pair.exact, -pair.similarity))
         write(path, json.dumps(_told(images, pairs), indent=1))
     return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 

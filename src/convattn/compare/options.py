@@ -1,12 +1,13 @@
 """What was asked for, checked before anything is done, and the folder that it belongs to."""
 
 import hashlib
+import itertools
 import json
 import math
+import re
 import shlex
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from convattn.attachment import plan
 from convattn.compare import controls as control
 from convattn.compare.rounds import UNTIL
 from convattn.errors import InvalidOption
+from convattn.networks import IMAGENET_MEAN, IMAGENET_STD
 from convattn.nn.base import STARTS
-from convattn.train import Recipe
+from convattn.train import Recipe, functions
 from convattn.train.checkpoint import BASELINE, build
-from convattn.train.controls import NOISE
+from convattn.train.controls import NOISE, WIDER
 
 DEFAULT_VARIANTS = ("se", "cbam", "dual", "cbam+dual")
 # for batches of 128; half of the customary 0.1 (He et al., 2016, section 4.2), at which heads without a norm diverged
@@ -31,6 +33,8 @@ EPOCHS, FINE_TUNING_EPOCHS = 30, 10
 NOT_HASHED = ("seeds", "jobs", "smallest_gain", "until", "max_seeds")
 SEEDS, FIRST_SEEDS, MAX_SEEDS = 5, 3, 12
 SMALLEST_GAIN = 0.5
+# it becomes the name of a folder
+NAME = re.compile(r"[\w.+-]+")
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,10 @@ class Options:
     smallest_gain: float
     until: str | None = None
     max_seeds: int | None = None
+    folds: int | None = None
+    # functions of the user: what builds a network, by its name, and what trains it
+    builds: Mapping[str, functions.Build] = field(default_factory=dict)
+    train: functions.Train | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -66,9 +74,21 @@ class Options:
         """The networks that are trained: the baseline, the variants, and their controls."""
         return (BASELINE, *self.variants, *control.expanded(self.controls, self.variants))
 
+    @property
+    def callables(self) -> list[Callable[..., Any]]:
+        """All functions of the user."""
+        return [*self.builds.values(), *([] if self.train is None else [self.train])]
+
+    @property
+    def parts(self) -> Iterator[tuple[int, int | None]]:
+        """Every seed, with every fold if there are any."""
+        return itertools.product(range(self.seeds), [None] if self.folds is None else range(self.folds))
+
     def hashed(self) -> dict[str, Any]:
-        """What the runs depend on, with paths made absolute."""
-        content = {key: value for key, value in asdict(self).items() if key not in NOT_HASHED}
+        """What the runs depend on, with paths made absolute and functions by their names."""
+        content = {key: value for key, value in vars(self).items() if key not in NOT_HASHED}
+        content["builds"] = {name: functions.label(one) for name, one in self.builds.items()}
+        content["train"] = None if self.train is None else functions.label(self.train)
         for key in ("data", "weights"):
             if content[key] and Path(content[key]).exists():
                 content[key] = Path(content[key]).resolve().as_posix()
@@ -83,31 +103,53 @@ class Options:
     def command(self, looks: Sequence[int] = (), folder: Path | None = None) -> str:
         """The command lines that repeat this comparison, with the looks that were taken at it."""
         if self.until or not looks:
-            return self._command(self.seeds)
-        more = [b - a for a, b in pairwise(looks)]
+            return self._call(self.data, self._given(self.seeds)) if self.callables else self._command(self.seeds)
+        more = [b - a for a, b in itertools.pairwise(looks)]
+        if self.callables:
+            added = [self._call(str(folder), {"add_seeds": count}) for count in more]
+            out = {"out": str(folder)} if added else {}
+            return "\n".join([self._call(self.data, self._given(looks[0]) | out), *added])
         added = [f"convattn compare --add-seeds {count} {_quoted(str(folder))}" for count in more]
         return " && ".join([self._command(looks[0]) + (f" --out {_quoted(str(folder))}" if added else ""), *added])
 
+    def _given(self, seeds: int) -> dict[str, Any]:
+        """Every option that makes a difference, as `run` takes it."""
+        names = ["backbone", "weights", "variants", "controls", "start", "seeds", "until", "max_seeds", "folds"]
+        names += ["epochs", "image_size", "batch_size", "learning_rate", "weight_decay", "flip", "smallest_gain"]
+        values = {name: getattr(self, name) for name in names} | {"seeds": seeds}
+        values |= {name: ",".join(values[name]) for name in ("variants", "controls")}
+        return {name: value for name, value in values.items() if value not in (None, "")}
+
     def _command(self, seeds: int) -> str:
-        words = ["convattn compare", _quoted(self.data), f"--backbone {_quoted(self.backbone)}"]
-        words += [f"--weights {_quoted(self.weights)}"] if self.weights else []
-        words += [f"--variants {','.join(self.variants)}"]
-        words += [f"--controls {','.join(self.controls)}"] if self.controls else []
-        words += [f"--start {self.start}", f"--seeds {seeds}"]
-        words += [f"--until {self.until} --max-seeds {self.max_seeds}"] if self.until else []
-        words += [f"--epochs {self.epochs}", f"--image-size {self.image_size}" if self.image_size else ""]
-        words += [f"--batch-size {self.batch_size}", f"--learning-rate {self.learning_rate!r}"]
-        words += [f"--weight-decay {self.weight_decay!r}", "--flip" if self.flip else "--no-flip"]
-        words += [f"--smallest-gain {self.smallest_gain!r}"]
-        return " ".join(word for word in words if word)
+        words = ["convattn compare", _quoted(self.data)]
+        for name, value in self._given(seeds).items():
+            option = name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{option}" if value else f"--no-{option}")
+            else:
+                words.append(f"--{option} {_quoted(value if isinstance(value, str) else repr(value))}")
+        return " ".join(words)
+
+    def _call(self, data: str, options: Mapping[str, Any]) -> str:
+        """The call from Python, with the functions of the user by their names."""
+        said = {name: repr(value) for name, value in options.items()}
+        named = {name: functions.label(one).replace(":", ".") for name, one in self.builds.items()}
+        if BASELINE in named:
+            said["backbone"] = named.pop(BASELINE)
+        if named:
+            said["variants"] = "{" + ", ".join(f"{name!r}: {one}" for name, one in named.items()) + "}"
+        if self.train is not None:
+            said["train"] = functions.label(self.train).replace(":", ".")
+        given = "".join(f", {name}={value}" for name, value in said.items())
+        return f"convattn.compare.run({data!r}{given})"
 
 
 def parse(
     data: str | Path,
     *,
-    backbone: str,
+    backbone: str | functions.Build,
     weights: str | Path | None,
-    variants: str | Sequence[str],
+    variants: str | Sequence[str] | Mapping[str, functions.Build],
     controls: str | Sequence[str] | None,
     start: str | None,
     epochs: int | None,
@@ -122,6 +164,8 @@ def parse(
     smallest_gain: float | None,
     until: str | None = None,
     max_seeds: int | None = None,
+    folds: int | None = None,
+    train: functions.Train | None = None,
 ) -> Options:
     """Check every option that can be checked without looking at data or networks, and fill in the defaults."""
     where = "compare"
@@ -150,12 +194,17 @@ def parse(
     chosen = None if weights in (None, "none") else str(weights)
     start = start or ("identity" if chosen else "paper")
     checks.choice(where, "start", start, STARTS)
+    if folds is not None and not (isinstance(folds, int) and folds >= 2):
+        raise InvalidOption(f"compare: folds must be 2 or more, got {folds!r}.")
+    builds = _builds(backbone, variants, controls, chosen)
+    if jobs > 1:
+        functions.check_sendable([*builds.values(), *([train] if train else [])])
     rate = (FINE_TUNING_RATE if chosen else RATE) * batch_size / RATE_BATCH
     return Options(
         data=str(data),
-        backbone=backbone,
+        backbone=backbone if isinstance(backbone, str) else functions.label(backbone),
         weights=chosen,
-        variants=_variants(variants),
+        variants=_variants(list(variants) if isinstance(variants, Mapping) else variants),
         controls=control.parse(controls, chosen),
         start=start,
         epochs=epochs or (FINE_TUNING_EPOCHS if chosen else EPOCHS),
@@ -171,7 +220,17 @@ def parse(
         smallest_gain=smallest_gain,
         until=until,
         max_seeds=most,
+        folds=folds,
+        builds=builds,
+        train=train,
     )
+
+
+def backbone_of(options: Options, classes: int | None) -> torch.nn.Module:
+    """The backbone, by its name or by a function of the user."""
+    if BASELINE in options.builds:
+        return functions.Built(options.builds[BASELINE], IMAGENET_MEAN, IMAGENET_STD, None)(0)
+    return networks.create(options.backbone, classes=classes, weights=options.weights)
 
 
 def check_networks(options: Options, classes: int) -> torch.nn.Module:
@@ -180,16 +239,48 @@ def check_networks(options: Options, classes: int) -> torch.nn.Module:
     Raises:
         ConvattnError: whatever any run would fail with at its start.
     """
-    network = networks.create(options.backbone, classes=classes, weights=options.weights)
+    network = backbone_of(options, classes)
     for variant in options.variants:
-        plan(network, variant, start=options.start)
+        if variant not in options.builds:
+            plan(network, variant, start=options.start)
     side = options.image_size or getattr(network, "input_size", None) or 64
     about = {"backbone": options.backbone, "start": options.start, "classes": range(classes), "image_size": side}
     for name in control.expanded(options.controls, options.variants):
         if name != NOISE:
             # the weights would change nothing, and may have to be fetched
-            build({**about, "variant": name})
+            base = backbone_of(options, classes) if BASELINE in options.builds else None
+            build({**about, "variant": name}, base=base)
     return network
+
+
+def _builds(
+    backbone: str | functions.Build,
+    variants: str | Sequence[str] | Mapping[str, functions.Build],
+    controls: str | Sequence[str] | None,
+    weights: str | None,
+) -> dict[str, functions.Build]:
+    """The functions that build networks, by the names of these."""
+    own = dict(variants) if isinstance(variants, Mapping) else {}
+    kinds = control.parse(controls, weights)
+    for name, function in own.items():
+        if not isinstance(name, str) or not NAME.fullmatch(name) or name in (BASELINE, NOISE):
+            raise InvalidOption(f"compare: expected a name of letters, digits and . _ - + for a variant, got {name!r}.")
+        if not callable(function):
+            raise InvalidOption(f"compare: expected a function that builds the variant {name!r}, got {function!r}.")
+    if own and set(kinds) - {NOISE}:
+        raise InvalidOption(
+            f"compare: {next(kind for kind in kinds if kind != NOISE)} is a control for attention that has a name, and "
+            f"{next(iter(own))!r} is built by a function; take noise, or build the control as another variant."
+        )
+    if isinstance(backbone, str):
+        return own
+    if not callable(backbone):
+        raise InvalidOption(f"compare: expected a network's name or a function that builds it, got {backbone!r}.")
+    if weights is not None:
+        raise InvalidOption("compare: where a function builds the backbone, weights are to be loaded in it.")
+    if WIDER in kinds:
+        raise InvalidOption("compare: wider is for networks that have a name, and the backbone is built by a function.")
+    return {BASELINE: backbone, **own}
 
 
 def fingerprint_of(file: str | None) -> str | None:

@@ -1,7 +1,7 @@
 """Everything that the report says, from the folders of the runs."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -16,11 +16,11 @@ from convattn.compare import folder as folders
 from convattn.compare.options import Options
 from convattn.compare.rounds import Looks
 from convattn.compare.workers import RUNS
-from convattn.data import Images, Split, split
-from convattn.train import finished, run_name
+from convattn.data import Images, Split, fold_of, overview
+from convattn.train import finished, functions, run_name
 from convattn.train.checkpoint import BASELINE
 
-SCHEMA = 1
+SCHEMA = 2
 CONFIDENCE = 0.95
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "pillow")
 
@@ -35,27 +35,33 @@ def assemble(
 ) -> dict[str, Any]:
     """The results of a comparison whose runs are all done, at the last of the looks."""
     options, asked = replace(options, seeds=looks.seeds[-1]), options
-    runs = {name: _runs(folder, name, options.seeds) for name in options.names}
+    runs = {name: runs_of(folder, name, options) for name in options.names}
     results = {name: [finished(run) or {} for run in runs[name]] for name in options.names}
-    right = rights(folder, options.names, options.seeds)
-    parts = split(images, 0)
+    right = rights(folder, options.names, options, images)
+    parts = overview(images, options.folds)
     labels = images.labels[parts.test]
-    baseline = _common(BASELINE, results, starts, costs)
+    baseline = _common(BASELINE, results, right, starts, costs)
     baseline["per_class_accuracy"] = _by_class(100.0 * right[BASELINE], labels, len(images.classes))
-    groups = None if images.groups is None else images.groups[parts.test]
+    groups = tested_groups(images, options.folds)
     said = {name: _cost(name, costs) for name in options.variants}
     tested = {name: right[name] for name in (BASELINE, *options.variants)}
-    found = judged(tested, options.smallest_gain, looks, groups, said)
+    found = judged(tested, options.smallest_gain, looks, groups, said, folds=options.folds)
     names = controls.expanded(options.controls, options.variants)
     controlled = controls.compared(
-        names, right, costs, smallest=options.smallest_gain, confidence=CONFIDENCE, groups=groups
+        names,
+        right,
+        costs,
+        smallest=options.smallest_gain,
+        confidence=CONFIDENCE,
+        groups=groups,
+        folds=options.folds,
     )
     variants = []
     for name, verdict in found.items():
         difference = 100.0 * (right[name].astype(float) - right[BASELINE])
         variants.append(
             {
-                **_common(name, results, starts, costs),
+                **_common(name, results, right, starts, costs),
                 **_verdict(verdict, controls.caution(name, controlled)),
                 "per_class_gain_points": _by_class(difference, labels, len(images.classes)),
                 "gates": _gates([result["gates"] for result in results[name]]),
@@ -86,13 +92,38 @@ def assemble(
     return content
 
 
-def rights(folder: Path, names: Sequence[str], seeds: int) -> dict[str, np.ndarray]:
+def rights(folder: Path, names: Sequence[str], options: Options, images: Images) -> dict[str, np.ndarray]:
     """Which test images each network got right, (seeds, images)."""
-    return {name: np.stack([_right(run) for run in _runs(folder, name, seeds)]) for name in names}
+    labels = images.labels[overview(images, options.folds).test]
+    return {
+        name: np.stack([one.argmax(axis=1) == labels for one in probabilities(folder, name, options, images)])
+        for name in names
+    }
 
 
-def _runs(folder: Path, name: str, seeds: int) -> list[Path]:
-    return [folder / RUNS / run_name(name, controls.seed_of(name, seed)) for seed in range(seeds)]
+def probabilities(folder: Path, name: str, options: Options, images: Images) -> Iterator[np.ndarray]:
+    """The class probabilities of the test images by one network, seed after seed: (images, classes).
+
+    With folds they are those of all images, each by the network that did not see it.
+    """
+    runs = runs_of(folder, name, options)
+    if options.folds is None:
+        yield from map(_test_probabilities, runs)
+        return
+    order = np.argsort(fold_of(images, options.folds), kind="stable")
+    for first in range(0, len(runs), options.folds):
+        found = np.concatenate([_test_probabilities(run) for run in runs[first : first + options.folds]])
+        yield found[np.argsort(order)]
+
+
+def runs_of(folder: Path, name: str, options: Options) -> list[Path]:
+    """The folders of the runs of a network, seed after seed and in each fold after fold."""
+    return [folder / RUNS / run_name(name, controls.seed_of(name, seed), fold) for seed, fold in options.parts]
+
+
+def tested_groups(images: Images, folds: int | None) -> np.ndarray | None:
+    """For each test image its group, where the data name groups."""
+    return None if images.groups is None else images.groups[overview(images, folds).test]
 
 
 def judged(
@@ -101,6 +132,7 @@ def judged(
     looks: Looks,
     groups: np.ndarray | None,
     costs: dict[str, str] | None = None,
+    folds: int | None = None,
 ) -> dict[str, verdicts.Verdict]:
     """The verdicts at the last of the looks; `groups` are those of the test images."""
     return verdicts.verdict(
@@ -113,6 +145,7 @@ def judged(
         looks=[seeds for seeds in looks.seeds if seeds > 1] or None,
         most_seeds=looks.most,
         costs=costs,
+        folds=folds,
     )
 
 
@@ -139,7 +172,7 @@ def _data(options: Options, images: Images, parts: Split, folder: Path) -> dict[
         "fingerprint": folders.plan(folder)["fingerprints"]["images"],
         "left_out": [{"path": one.path, "reason": one.reason} for one in images.left_out],
         **leaks.counts(images, parts),
-        "duplicates": leaks.search(images, parts, folder),
+        "duplicates": leaks.search(images, options.folds, folder),
     }
 
 
@@ -159,6 +192,8 @@ def _setting(
         "weight_decay": options.weight_decay,
         "flip": options.flip,
         "seeds": list(range(options.seeds)),
+        "folds": options.folds,
+        "train": None if options.train is None else functions.label(options.train),
         "smallest_gain_points": options.smallest_gain,
         "confidence": CONFIDENCE,
         "threads": threads[0] if len(threads) == 1 else threads,
@@ -167,16 +202,23 @@ def _setting(
 
 
 def _common(
-    name: str, results: dict[str, list[dict[str, Any]]], starts: dict[str, float], costs: dict[str, Any]
+    name: str,
+    results: dict[str, list[dict[str, Any]]],
+    right: dict[str, np.ndarray],
+    starts: dict[str, float],
+    costs: dict[str, Any],
 ) -> dict[str, Any]:
-    runs = results[name]
+    runs, scores = results[name], [float(score) for score in 100 * right[name].mean(axis=1)]
     return {
         "name": name,
         "title": verdicts.title(name),
-        "scores": [run["score"] for run in runs],
-        "mean_score": fmean(run["score"] for run in runs),
+        "scores": scores,
+        "mean_score": fmean(scores),
         "start_accuracy": starts[name],
-        "curves": [
+        # a training function of the user's own tells none
+        "curves": None
+        if any(not run["history"] for run in runs)
+        else [
             {
                 "loss": [line["loss"] for line in run["history"]],
                 "validation_accuracy": [line["validation_accuracy"] for line in run["history"]],
@@ -216,10 +258,9 @@ def _could_see(gains: list[stats.Gain]) -> float | None:
     return median(seen) if seen else None
 
 
-def _right(folder: Path) -> np.ndarray:
-    """Which test images a run got right."""
+def _test_probabilities(folder: Path) -> np.ndarray:
     with np.load(folder / "predictions.npz") as arrays:
-        return arrays["test_probabilities"].argmax(axis=1) == arrays["test_labels"]  # type: ignore[no-any-return]
+        return arrays["test_probabilities"]  # type: ignore[no-any-return]
 
 
 def _by_class(values: np.ndarray, labels: np.ndarray, classes: int) -> list[float | None]:

@@ -13,6 +13,11 @@ at few seeds: at three it misses the truth in up to 8 % of comparisons. The othe
 quantile for each part (as Graybill and Wang, JASA 75, 1980, have it), is too wide in between. From three seeds on the
 square of the half width here is the mean of both at the level of 5 %, and nearer to the second at smaller ones; at two
 seeds, where the first fails, it is the second.
+
+Where every image is tested, by one of K networks trained on the other folds, the training sets overlap, and what one of
+them has by chance most of them have. The correction is that of Nadeau and Bengio (Machine Learning 52, 2003): 1 / K, by
+which the variance of a mean over folds goes, becomes 1 / K + 1 / (K - 1), the images tested over those trained on. So
+K / (K - 1) times the variance of the mean over images is added. It assumes more than there mostly is.
 """
 
 import math
@@ -111,7 +116,12 @@ class Gain:
 
 
 def gain(
-    baseline: np.ndarray, variant: np.ndarray, *, groups: np.ndarray | None = None, confidence: float = 0.95
+    baseline: np.ndarray,
+    variant: np.ndarray,
+    *,
+    groups: np.ndarray | None = None,
+    confidence: float = 0.95,
+    folds: int | None = None,
 ) -> Gain:
     """The gain of a variant over the baseline in percentage points, paired over seeds and over images.
 
@@ -120,6 +130,7 @@ def gain(
         variant: the same for the variant, of the same seeds and images.
         groups: for each image its group, such as the patient or the video: then groups are what a new sample draws.
         confidence: of the interval.
+        folds: how many there were, where each image was tested by a network that was trained on the other folds.
 
     Raises:
         InvalidOption: arrays of different or wrong shape, or fewer than two groups.
@@ -136,7 +147,8 @@ def gain(
             f"gain: expected two arrays of one shape (seeds, images), got {baseline.shape} and {variant.shape}."
         )
     difference = 100 * (variant.astype(float) - baseline.astype(float))
-    return gain_of(difference, groups=groups, confidence=confidence, one_image=100 / baseline.shape[1], limit=100.0)
+    one_image = 100 / baseline.shape[1]
+    return gain_of(difference, groups=groups, confidence=confidence, one_image=one_image, limit=100.0, folds=folds)
 
 
 def gain_of(
@@ -146,6 +158,7 @@ def gain_of(
     confidence: float = 0.95,
     one_image: float = 0.0,
     limit: float = math.inf,
+    folds: int | None = None,
 ) -> Gain:
     """The gain from the differences between variant and baseline in any score that is a mean over images.
 
@@ -155,12 +168,15 @@ def gain_of(
         confidence: of the interval.
         one_image: the least step that the score can make: no interval is of zero width.
         limit: no gain is beyond it.
+        folds: see `gain`.
 
     Raises:
-        InvalidOption: groups of another length, or fewer than two.
+        InvalidOption: groups of another length, or fewer than two; fewer than two folds.
     """
     if not 0 < confidence < 1:
         raise InvalidOption(f"gain: confidence must lie between 0 and 1, got {confidence!r}.")
+    if folds is not None and folds < 2:
+        raise InvalidOption(f"gain: expected at least 2 folds, got {folds!r}.")
     points = float(difference.mean())
     units = difference if groups is None else _by_group(difference, np.asarray(groups))
     seeds = len(units)
@@ -168,6 +184,9 @@ def gain_of(
         error = math.sqrt(max(_variance(units[0]) / units.shape[1], one_image**2))
         return Gain(points, None, None, None, error, math.nan, error, 1 - confidence)
     spread = _spread(units, one_image)
+    if folds is not None:
+        overlap = _variance(units.mean(axis=0)) / units.shape[1] * folds / (folds - 1)
+        spread = replace(spread, images=spread.images + overlap)
     found = Gain(
         points,
         None,
@@ -209,7 +228,7 @@ def simultaneous(
     return adjusted
 
 
-def detectable(seeds: int, images: int, *, variants: int = 1) -> float | None:
+def detectable(seeds: int, images: int, *, variants: int = 1, folds: int | None = None) -> float | None:
     """The gain in points that a comparison will probably see, before any run; None for a single seed.
 
     Assumes that two trainings disagree on 10 % of the images and that seeds differ by half a point beyond that; the
@@ -217,9 +236,11 @@ def detectable(seeds: int, images: int, *, variants: int = 1) -> float | None:
     """
     if seeds < 2:
         return None
-    variance = (100**2 * ASSUMED_DISAGREEMENT / images + ASSUMED_SEED_POINTS**2) / seeds
+    single = 100**2 * ASSUMED_DISAGREEMENT / images / seeds
+    overlap = 0.0 if folds is None else single * folds / (folds - 1)
     level = 1 - 0.95 ** (1 / variants)
-    return min(100.0, Spread(variance, 0.0, seeds - 1, max(1, images - 1)).detectable(level))
+    spread = Spread(single + ASSUMED_SEED_POINTS**2 / seeds, overlap, seeds - 1, max(1, images - 1))
+    return min(100.0, spread.detectable(level))
 
 
 def seeds_to_decide(found: Gain, smallest: float, *, most: int = 50) -> int | None:

@@ -41,6 +41,7 @@ def verdict(
     looks: Sequence[int] | None = None,
     most_seeds: int | None = None,
     costs: Mapping[str, str] | None = None,
+    folds: int | None = None,
 ) -> dict[str, Verdict]:
     """Whether each variant is worth it: all intervals hold at once, and over all looks that were taken.
 
@@ -54,6 +55,7 @@ def verdict(
             after which none will follow.
         most_seeds: the number of seeds at which the looks end, if it was planned.
         costs: for a variant what it costs in words, put behind the gain.
+        folds: how many there were, where every image was tested, see `stats.gain`.
 
     Raises:
         InvalidOption: arrays of different or wrong shape.
@@ -64,7 +66,10 @@ def verdict(
         >>> verdict(right, {"cbam": right | (rng.random((5, 2000)) < 0.2)})["cbam"].word
         'worth it'
     """
-    alone = {name: gain(baseline, right, groups=groups, confidence=confidence) for name, right in variants.items()}
+    alone = {
+        name: gain(baseline, right, groups=groups, confidence=confidence, folds=folds)
+        for name, right in variants.items()
+    }
     level = 1 - confidence ** (1 / max(1, len(alone)))
     share = 1.0 if looks is None else level_of_look(looks, level=level, most=most_seeds) / level
     found = {}

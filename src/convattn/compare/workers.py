@@ -16,7 +16,7 @@ from typing import Any
 
 from convattn import checks
 from convattn.data import Images
-from convattn.errors import ConvattnError, RunFailed
+from convattn.errors import ConvattnError, InvalidOption, RunFailed
 from convattn.train import Progress, RunSpec, execute, finished
 
 RUNS = "runs"
@@ -122,7 +122,12 @@ def _work(folder: Path, tasks: Any, events: Any) -> None:
     threading.Thread(target=_die_with_parent, daemon=True).start()
     images = Images.load(folder)
     while True:
-        spec = tasks.get()
+        try:
+            spec = tasks.get()
+        # a function that this process does not find: one of a notebook, or of a script without its guard
+        except AttributeError as error:
+            events.put(InvalidOption(f"compare: no other process finds a function ({error}): take jobs=1."))
+            continue
         if spec is None:
             # held open until the parent has read what was sent
             threading.Event().wait()

@@ -4,8 +4,9 @@ from convattn.data.batches import Batches, batches, evaluation_batches
 from convattn.data.duplicates import Pair, find_duplicates
 from convattn.data.images import ARRAY, INDEX, Images, decode, read_image, stored_size
 from convattn.data.listing import Found, LeftOut, Listing
+from convattn.data.parts import Part, Parts
 from convattn.data.source import Source, open_source
-from convattn.data.split import Split, check_counts, per_class, split
+from convattn.data.split import Split, check_counts, fold_of, overview, per_class, split
 
 __all__ = [
     "ARRAY",
@@ -16,6 +17,8 @@ __all__ = [
     "LeftOut",
     "Listing",
     "Pair",
+    "Part",
+    "Parts",
     "Source",
     "Split",
     "batches",
@@ -23,7 +26,9 @@ __all__ = [
     "decode",
     "evaluation_batches",
     "find_duplicates",
+    "fold_of",
     "open_source",
+    "overview",
     "per_class",
     "read_image",
     "split",

@@ -1,9 +1,10 @@
 """Which image is for training, validation and test. Pure functions of the data and the seed."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
+from convattn import checks
 from convattn.data.images import Images
 from convattn.errors import DataError
 
@@ -23,15 +24,24 @@ class Split:
     test: np.ndarray
 
 
-def split(images: Images, seed: int) -> Split:
+def split(images: Images, seed: int, *, fold: int | None = None, folds: int | None = None) -> Split:
     """The parts for one seed: given parts as they are, missing ones cut in equal shares of every class.
 
     The test images are the same for all seeds; training and validation are cut anew for each seed, the same for all
     variants. A group is never cut: all of its images are in one part, and the shares are as equal as that allows.
 
+    Args:
+        images: with the parts that they were given in.
+        seed: of the run.
+        fold: which of the `folds` is for test, if every image is to be tested once; given parts then do not count.
+        folds: how many.
+
     Raises:
-        DataError: a class whose groups cannot be dealt to all parts.
+        DataError: a class whose images or groups cannot be dealt to all parts.
     """
+    if folds is not None:
+        own = fold_of(images, folds) == fold
+        return Split(*_cut(images, np.flatnonzero(~own), VALIDATION_SHARE, seed, 1), np.flatnonzero(own))
     parts = np.array(images.parts)
     test = np.flatnonzero(parts == "test")
     validation = np.flatnonzero(parts == "validation")
@@ -42,6 +52,48 @@ def split(images: Images, seed: int) -> Split:
     if not validation.size:
         train, validation = _cut(images, train, VALIDATION_SHARE, seed, 1)
     return Split(train, validation, test)
+
+
+def overview(images: Images, folds: int | None) -> Split:
+    """The parts of the first seed; of folds those of the first one, and all images for test, as all are tested."""
+    if folds is None:
+        return split(images, 0)
+    return replace(split(images, 0, fold=0, folds=folds), test=np.arange(len(images.labels)))
+
+
+def fold_of(images: Images, folds: int) -> np.ndarray:
+    """The fold of each image (N,), the same for all seeds: equal shares of every class, no group torn.
+
+    Raises:
+        DataError: a class that would be missing somewhere.
+    """
+    _check_folds(images, folds)
+    selection = checks.extra("sklearn.model_selection", "The cut into folds")
+    kind = selection.StratifiedKFold if images.groups is None else selection.StratifiedGroupKFold
+    found = np.empty(len(images.labels), dtype=np.int64)
+    cut = kind(folds, shuffle=True, random_state=0).split(found, images.labels, images.groups)
+    for fold, (_, test) in enumerate(cut):
+        found[test] = fold
+    for label, name in enumerate(images.classes):
+        if len(np.unique(found[images.labels == label])) < 2:
+            raise DataError(
+                f"The groups with the class {name!r} cannot be dealt to {folds} folds without tearing one: add some, "
+                f"or leave out the column group."
+            )
+    return found
+
+
+def _check_folds(images: Images, folds: int) -> None:
+    """Whether each class is in every fold, and two of its images or groups outside of it, to train and to validate."""
+    pairs = np.stack([np.arange(len(images.labels)) if images.groups is None else images.groups, images.labels])
+    counts = np.bincount(np.unique(pairs, axis=1)[1], minlength=len(images.classes))
+    few = int(counts.argmin())
+    if counts[few] < max(folds, 2 + -(-counts[few] // folds)):
+        what = "images" if images.groups is None else "groups"
+        raise DataError(
+            f"The class {images.classes[few]!r} has too few {what} for {folds} folds: {counts[few]}; take fewer folds, "
+            f"or add some."
+        )
 
 
 def per_class(images: Images, parts: Split) -> dict[str, list[int]]:

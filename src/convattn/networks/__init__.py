@@ -25,7 +25,18 @@ from convattn.networks.cifar_resnet import (
 )
 from convattn.networks.weights import load
 
-__all__ = ["BasicBlock", "CifarResNet", "create", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "wider"]
+__all__ = [
+    "BasicBlock",
+    "CifarResNet",
+    "create",
+    "given",
+    "resnet20",
+    "resnet32",
+    "resnet44",
+    "resnet56",
+    "resnet110",
+    "wider",
+]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -91,6 +102,19 @@ def wider(name: str, *, classes: int | None = None, parameters: int) -> nn.Modul
     ours = name.rpartition(":")[0] == "" and name in NETWORKS
     source = "own" if ours or ".py:" in name else name.rpartition(":")[0] or "timm"
     return build(widths.options(name, source, build, parameters))
+
+
+def given(network: nn.Module, *, like: object = None) -> nn.Module:
+    """A network that a function of the user built, with the attributes that `create` gives a network.
+
+    What it lacks of them it takes from `like`, else it is what networks for ImageNet have.
+    """
+    return _described(
+        network,
+        mean=getattr(network, "input_mean", getattr(like, "input_mean", IMAGENET_MEAN)),
+        std=getattr(network, "input_std", getattr(like, "input_std", IMAGENET_STD)),
+        size=getattr(network, "input_size", getattr(like, "input_size", None)),
+    )
 
 
 def _build(
@@ -200,12 +224,7 @@ def _own(name: str, classes: int | None, pretrained: bool, more: Mapping[str, An
             f"{name} takes no argument `classes` and returned a network of {linear[-1].out_features} classes, "
             f"not {classes}."
         )
-    return _described(
-        network,
-        mean=getattr(network, "input_mean", IMAGENET_MEAN),
-        std=getattr(network, "input_std", IMAGENET_STD),
-        size=getattr(network, "input_size", None),
-    )
+    return given(network)
 
 
 def _function(path: Path, function: str) -> Callable[..., Any]:

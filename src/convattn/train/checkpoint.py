@@ -19,12 +19,17 @@ BASELINE = "baseline"
 KEYS = ("backbone", "variant", "start", "classes", "image_size", "mean", "std")
 
 
-def build(about: dict[str, Any], *, weights: str | None = None) -> nn.Module:
-    """The network that `about` describes: its backbone, with the variant's attention or its control if it has any."""
+def build(about: dict[str, Any], *, weights: str | None = None, base: nn.Module | None = None) -> nn.Module:
+    """The network that `about` describes: its backbone, with the variant's attention or its control if it has any.
+
+    `base` is the backbone where the user has built it.
+    """
     kind, variant = controls.parts(about["variant"])
     if kind == controls.WIDER:
         return controls.wider(about, variant, weights=weights)
-    network = networks.create(about["backbone"], classes=len(about["classes"]), weights=weights)
+    network = base
+    if network is None:
+        network = networks.create(about["backbone"], classes=len(about["classes"]), weights=weights)
     if variant != BASELINE and kind != controls.NOISE:
         side = about["image_size"]
         attach(network, variant, example=torch.zeros(1, 3, side, side), start=about["start"])
@@ -69,6 +74,11 @@ def load(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
         raise WeightsError(
             f"{path} holds weights but not what they belong to: give a weights.safetensors that `convattn compare` "
             f"wrote."
+        )
+    if about.get("built"):
+        raise WeightsError(
+            f"{path} holds the weights of a network that the function {about['built']} built: call that function and "
+            f"load them with safetensors.torch.load_model."
         )
     network = build(about)
     try:

@@ -20,6 +20,8 @@ def departures(network: nn.Module, x: torch.Tensor) -> list[dict[str, Any]]:
     the same of the map.
     """
     sites = attached(network)
+    if not sites:
+        return []
     seen: dict[str, float] = {}
     handles = [wrapper.attention.register_forward_hook(_recorder(name, seen)) for name, wrapper in sites]
     network.eval()

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from convattn.data import Batches, Images, batches, evaluation_batches, split
+from convattn.data import Batches, Images, Parts, batches, evaluation_batches, split
 from convattn.errors import RunFailed
-from convattn.train import checkpoint
+from convattn.train import checkpoint, functions
 from convattn.train.gates import departures
 from convattn.train.recipe import LONGEST_GRADIENT, Recipe
 
@@ -33,7 +33,11 @@ SECONDS_BETWEEN_CHECKPOINTS = 60
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What one run is: a variant (`"baseline"`, a name for `attach`, or a control), a seed, and what all runs share."""
+    """What one run is: a variant (`"baseline"`, a name for `attach`, or a control), a seed, and what all runs share.
+
+    `build` makes the network, or the backbone where attention is still to be attached to it, in place of `backbone` and
+    `weights`; `whole` tells that nothing is. `train` takes the place of our training. `fold` of `folds` is tested.
+    """
 
     variant: str
     seed: int
@@ -44,17 +48,28 @@ class RunSpec:
     flip: bool
     device: str
     threads: int
+    build: functions.Built | None = None
+    whole: bool = False
+    train: functions.Train | None = None
+    fold: int | None = None
+    folds: int | None = None
 
     @property
     def name(self) -> str:
         """The name of the run's folder."""
-        return run_name(self.variant, self.seed)
+        return run_name(self.variant, self.seed, self.fold)
+
+    def plan(self) -> dict[str, Any]:
+        """All of it as it is written down, functions by their names."""
+        named = {"build": None if self.build is None else functions.label(self.build.function)}
+        named["train"] = None if self.train is None else functions.label(self.train)
+        return {**vars(self), "recipe": asdict(self.recipe), **named}
 
 
-def run_name(variant: str, seed: int) -> str:
+def run_name(variant: str, seed: int, fold: int | None = None) -> str:
     """The name of the folder of a run."""
     # no colon: Windows takes none in a file's name
-    return f"{variant.replace(':', '-')}-seed{seed}"
+    return f"{variant.replace(':', '-')}-seed{seed}" + ("" if fold is None else f"-fold{fold}")
 
 
 @dataclass(frozen=True)
@@ -82,13 +97,17 @@ class Run:
             "start": spec.start,
             "classes": list(images.classes),
             "image_size": images.size,
+            "built": None if spec.build is None else functions.label(spec.build.function),
         }
         # the backbone is built first, so that all variants of a seed share its initial weights
         torch.manual_seed(spec.seed)
-        self.network = checkpoint.build(self.about, weights=spec.weights).to(self.device)
+        base = None if spec.build is None else spec.build(spec.seed)
+        if base is None or not spec.whole:
+            base = checkpoint.build(self.about, weights=spec.weights, base=base)
+        self.network = base.to(self.device)
         mean, std = self.network.input_mean, self.network.input_std
         self.about |= {"mean": list(mean), "std": list(std)}  # type: ignore[arg-type]
-        self.split = split(images, spec.seed)
+        self.split = split(images, spec.seed, fold=spec.fold, folds=spec.folds)
         self.images = images
         size = min(spec.recipe.batch_size, len(self.split.train))
         self.batches = Batches(images, self.split.train, size, mean, std, spec.seed, spec.flip)  # type: ignore[arg-type]
@@ -183,19 +202,29 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.loss_sum, self.history = state["step"], state["loss_sum"], state["history"]
 
+    def train_by_function(self, function: functions.Train, watch: Callable[[Progress], None]) -> dict[str, Any]:
+        """Train by a function of the user, and write down what came out."""
+        torch.manual_seed(self.spec.seed)
+        test = functions.trained(function, self.network, Parts.of(self.batches, self.split), self.spec.seed)
+        result = self._conclude(test, None)
+        watch(Progress(self.spec.name, epoch=1, epochs=1, done=1.0, seconds_left=0.0))
+        return result
+
     def finish(self) -> dict[str, Any]:
         """Score the epoch that validation chose, and write everything down."""
         self.network.load_state_dict(torch.load(self.folder / BEST, map_location=self.device, weights_only=True))
-        validation, test = self.probabilities(self.split.validation), self.probabilities(self.split.test)
-        self._write_predictions(validation, test)
+        return self._conclude(self.probabilities(self.split.test), self.probabilities(self.split.validation))
+
+    def _conclude(self, test: np.ndarray, validation: np.ndarray | None) -> dict[str, Any]:
+        self._write_predictions(test, validation)
         checkpoint.save(self.folder / "weights.safetensors", self.network, self.about)
         labels = self.images.labels
         result = {
             "variant": self.spec.variant,
             "seed": self.spec.seed,
             "score": accuracy(test, labels[self.split.test]),
-            "validation_accuracy": accuracy(validation, labels[self.split.validation]),
-            "chosen_epoch": best_epoch(self.history),
+            "validation_accuracy": None if validation is None else accuracy(validation, labels[self.split.validation]),
+            "chosen_epoch": best_epoch(self.history) if self.history else None,
             "history": self.history,
             "gates": departures(self.network, next(evaluation_batches(self.batches, self.split.validation))),
             "threads": torch.get_num_threads(),
@@ -205,14 +234,15 @@ class Run:
             (self.folder / name).unlink(missing_ok=True)
         return result
 
-    def _write_predictions(self, validation: np.ndarray, test: np.ndarray) -> None:
+    def _write_predictions(self, test: np.ndarray, validation: np.ndarray | None) -> None:
         paths = np.array(self.images.paths)
+        chosen: dict[str, Any] = {} if validation is None else {"validation_probabilities": validation}
         partial = self.folder / "predictions.partial.npz"
         np.savez_compressed(
             partial,
             validation_paths=paths[self.split.validation],
             validation_labels=self.images.labels[self.split.validation],
-            validation_probabilities=validation,
+            **chosen,
             test_paths=paths[self.split.test],
             test_labels=self.images.labels[self.split.test],
             test_probabilities=test,
@@ -244,8 +274,10 @@ def execute(spec: RunSpec, images: Images, folder: Path, watch: Callable[[Progre
         return result
     torch.set_num_threads(spec.threads)
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "plan.json", json.dumps(asdict(spec), indent=1))
+    write(folder / "plan.json", json.dumps(spec.plan(), indent=1))
     run = Run(spec, images, folder)
+    if spec.train is not None:
+        return run.train_by_function(spec.train, watch)
     run.restore()
     run.train(watch)
     return run.finish()
