@@ -236,3 +236,13 @@ def test_seeds_are_added_with_the_same_functions(run: Callable[..., dict[str, An
     results = convattn.compare.run(folder, add_seeds=1, quiet=True, **functions)
     assert len(results["baseline"]["scores"]) == 3
     assert results["command"].splitlines()[1].startswith(f"convattn.compare.run({str(folder)!r}, add_seeds=1, ")
+
+
+def test_the_report_has_no_curves_of_a_training_of_the_users_own(
+    run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(timing, "ROUNDS", 3)
+    results = run(train=train)
+    page = (Path(results["folder"]) / "report.html").read_text(encoding="utf-8")
+    assert "Learning curves" not in page and "cannot tell" in page
