@@ -1,7 +1,7 @@
 """Everything that the report says, from the folders of the runs."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import convattn
-from convattn.compare import controls, leaks, stats, verdicts
+from convattn.compare import controls, leaks, scores, stats, verdicts
 from convattn.compare import folder as folders
 from convattn.compare.options import Options
 from convattn.compare.rounds import Looks
@@ -20,7 +20,7 @@ from convattn.data import Images, Split, split
 from convattn.train import finished, run_name
 from convattn.train.checkpoint import BASELINE
 
-SCHEMA = 1
+SCHEMA = 2
 CONFIDENCE = 0.95
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "pillow")
 
@@ -50,6 +50,7 @@ def assemble(
     controlled = controls.compared(
         names, right, costs, smallest=options.smallest_gain, confidence=CONFIDENCE, groups=groups
     )
+    scored = {name: scores.over_seeds(_probabilities(runs[name]), labels) for name in tested}
     variants = []
     for name, verdict in found.items():
         difference = 100.0 * (right[name].astype(float) - right[BASELINE])
@@ -58,6 +59,12 @@ def assemble(
                 **_common(name, results, starts, costs),
                 **_verdict(verdict, controls.caution(name, controlled)),
                 "per_class_gain_points": _by_class(difference, labels, len(images.classes)),
+                "per_class_interval95_points": _class_intervals(
+                    right[BASELINE], right[name], labels, len(images.classes), groups
+                ),
+                "other_scores": scores.rows(
+                    scored[BASELINE], scored[name], labels, groups=groups, confidence=CONFIDENCE
+                ),
                 "gates": _gates([result["gates"] for result in results[name]]),
             }
         )
@@ -220,6 +227,21 @@ def _right(folder: Path) -> np.ndarray:
     """Which test images a run got right."""
     with np.load(folder / "predictions.npz") as arrays:
         return arrays["test_probabilities"].argmax(axis=1) == arrays["test_labels"]  # type: ignore[no-any-return]
+
+
+def _probabilities(runs: Sequence[Path]) -> Iterator[np.ndarray]:
+    """Those of the test images, (images, classes), a run at a time: all of them may be more than the memory holds."""
+    for run in runs:
+        with np.load(run / "predictions.npz") as arrays:
+            yield arrays["test_probabilities"]
+
+
+def _class_intervals(
+    baseline: np.ndarray, variant: np.ndarray, labels: np.ndarray, classes: int, groups: np.ndarray | None
+) -> list[list[float] | None]:
+    """The intervals of the gains on each class; None where there is none."""
+    found = scores.class_gains(baseline, variant, labels, classes, groups=groups, confidence=CONFIDENCE)
+    return [None if one is None or one.low is None or one.high is None else [one.low, one.high] for one in found]
 
 
 def _by_class(values: np.ndarray, labels: np.ndarray, classes: int) -> list[float | None]:

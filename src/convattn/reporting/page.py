@@ -8,7 +8,7 @@ from convattn.errors import ComparisonError
 from convattn.reporting import figures, text
 from convattn.reporting.bars import MOST_CLASSES
 
-SCHEMA = 1
+SCHEMA = 2
 # what a table or list shows at most; all of it is in results.json
 MOST_TABLE_CLASSES, MOST_LEFT_OUT = 200, 500
 
