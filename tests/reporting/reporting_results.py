@@ -12,6 +12,11 @@ TITLES = {
     "eca": "efficient channel attention",
 }
 VERDICTS = {"se": "cannot tell", "cbam": "worth it", "dual": "not worth it", "cbam+dual": "cannot tell"}
+SCORES = (
+    ("macro_f1", "macro-F1", "points", True, 98.0),
+    ("log_loss", "log loss", "nats", False, 0.0721),
+    ("calibration_error", "calibration error (ECE, 15 bins)", "points", False, 3.4),
+)
 GAINS = {"se": -0.1, "cbam": 1.6, "dual": -0.9, "cbam+dual": 0.7}
 
 
@@ -114,9 +119,35 @@ def _variant(
         "file_bytes": 1110480,
         "peak_bytes": 121056968,
         "per_class_gain_points": [round(draw.gauss(gain, 1.5), 2) for _ in classes],
+        "per_class_interval95_points": [[gain - 6.5, gain + 6.5] if seeds > 1 else None for _ in classes],
+        "other_scores": [_score(*score, gain, seeds) for score in SCORES],
         "curves": [_curve(draw, epochs, gain) for _ in range(seeds)],
         "gates": [_gate(draw, place, sites, start, name) for place in range(sites)],
         "latency": _latency(1.0 + 0.11 * len(name)) if measured else None,
+    }
+
+
+def _score(name: str, title: str, unit: str, higher: bool, value: float, gain: float, seeds: int) -> dict[str, Any]:
+    gain, width = (gain, 1.1) if unit == "points" else (gain / 100, 0.0123)
+    gain = gain if higher else -gain
+    ends = [gain - width, gain + width] if seeds > 1 else None
+    return {
+        "name": name,
+        "title": title,
+        "unit": unit,
+        "higher_is_better": higher,
+        "baseline": value,
+        "variant": value + gain,
+        "gain": gain,
+        "interval95": ends,
+        "p_value": 0.03 if ends else None,
+        "change": None
+        if ends is None
+        else "unclear"
+        if abs(gain) < width
+        else "better"
+        if higher == (gain > 0)
+        else "worse",
     }
 
 

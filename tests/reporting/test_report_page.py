@@ -64,6 +64,7 @@ def test_everything_is_there_in_its_order() -> None:
         "Is attention worth it on digits?",
         "Gain over the baseline",
         "The numbers",
+        "Other scores",
         "Learning curves",
         "Cost against gain",
         "Gain per class",
@@ -111,6 +112,31 @@ def test_the_numbers_are_there() -> None:
     assert "Fingerprint of the data 9f2c41d07ab8e6335c1d" in text
     assert "torch 2.9.0" in text
     assert given["command"] in text
+
+
+def test_other_scores_tell_which_way_is_better() -> None:
+    given = results(["se", "cbam"])
+    text = Page(render(given)).text
+    assert "se macro-F1, points higher 98.00 97.90 −0.10 −1.20 to +1.00 0.030 unclear" in text
+    assert "cbam macro-F1, points higher 98.00 99.60 +1.60 +0.50 to +2.70 0.030 better" in text
+    # lower is better: a gain below zero is one, and says so
+    assert "cbam log loss, nats lower 0.0721 0.0561 −0.0160 −0.0283 to −0.0037 0.030 better" in text
+    assert "each interval is for its row alone" in text
+    # not known: of a single class there is no AUROC
+    given["variants"][0]["other_scores"][0] |= dict.fromkeys(
+        ("baseline", "variant", "gain", "interval95", "p_value", "change")
+    )
+    assert "se macro-F1, points higher – – – – – –" in Page(render(given)).text
+
+
+def test_classes_have_intervals_in_the_table() -> None:
+    given = results(["se"], classes=["cat", "dog"])
+    given["variants"][0]["per_class_gain_points"] = [1.5, -0.5]
+    given["variants"][0]["per_class_interval95_points"] = [[-4.0, 7.0], None]
+    given["baseline"]["per_class_accuracy"] = [90.0, 80.0]
+    text = Page(render(given)).text
+    assert "cat 90.00 +1.50 (−4.00 to +7.00) dog 80.00 −0.50" in text
+    assert "those of a variant hold for all classes at once" in text
 
 
 def test_controls_are_told_where_there_are_some() -> None:
@@ -279,6 +305,7 @@ def test_a_hundred_classes_show_the_ends_and_a_table_of_all() -> None:
 def test_a_class_without_test_images_has_no_gain() -> None:
     given = results(["se"], classes=["cat", "dog"])
     given["variants"][0]["per_class_gain_points"][1] = None
+    given["variants"][0]["per_class_interval95_points"][1] = None
     given["baseline"]["per_class_accuracy"][1] = None
     text = Page(render(given)).text
     assert "no test image" in text

@@ -30,6 +30,7 @@ def test_short(value: float, expected: str) -> None:
 
 def test_interval() -> None:
     assert text.interval([-0.8, 0.6]) == "−0.80 to +0.60"
+    assert text.interval([-0.0283, 0.00371], 4) == "−0.0283 to +0.0037"
     assert text.interval(None) == "–"
 
 

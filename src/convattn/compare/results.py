@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import convattn
-from convattn.compare import controls, leaks, stats, verdicts
+from convattn.compare import controls, leaks, scores, stats, verdicts
 from convattn.compare import folder as folders
 from convattn.compare.options import Options
 from convattn.compare.rounds import Looks
@@ -47,15 +47,9 @@ def assemble(
     tested = {name: right[name] for name in (BASELINE, *options.variants)}
     found = judged(tested, options.smallest_gain, looks, groups, said, folds=options.folds)
     names = controls.expanded(options.controls, options.variants)
-    controlled = controls.compared(
-        names,
-        right,
-        costs,
-        smallest=options.smallest_gain,
-        confidence=CONFIDENCE,
-        groups=groups,
-        folds=options.folds,
-    )
+    within: dict[str, Any] = {"groups": groups, "confidence": CONFIDENCE, "folds": options.folds}
+    controlled = controls.compared(names, right, costs, smallest=options.smallest_gain, **within)
+    scored = {name: scores.over_seeds(probabilities(folder, name, options, images), labels) for name in tested}
     variants = []
     for name, verdict in found.items():
         difference = 100.0 * (right[name].astype(float) - right[BASELINE])
@@ -64,6 +58,10 @@ def assemble(
                 **_common(name, results, right, starts, costs),
                 **_verdict(verdict, controls.caution(name, controlled)),
                 "per_class_gain_points": _by_class(difference, labels, len(images.classes)),
+                "per_class_interval95_points": _class_intervals(
+                    scores.class_gains(right[BASELINE], right[name], labels, len(images.classes), **within)
+                ),
+                "other_scores": scores.rows(scored[BASELINE], scored[name], labels, **within),
                 "gates": _gates([result["gates"] for result in results[name]]),
             }
         )
@@ -261,6 +259,10 @@ def _could_see(gains: list[stats.Gain]) -> float | None:
 def _test_probabilities(folder: Path) -> np.ndarray:
     with np.load(folder / "predictions.npz") as arrays:
         return arrays["test_probabilities"]  # type: ignore[no-any-return]
+
+
+def _class_intervals(gains: list[stats.Gain | None]) -> list[list[float] | None]:
+    return [None if one is None or one.low is None or one.high is None else [one.low, one.high] for one in gains]
 
 
 def _by_class(values: np.ndarray, labels: np.ndarray, classes: int) -> list[float | None]:

@@ -36,9 +36,9 @@ def short(value: float | None) -> str:
     return f"{value:.6g}".replace("-", MINUS) if known(value) else ABSENT
 
 
-def interval(ends: Sequence[float] | None) -> str:
+def interval(ends: Sequence[float] | None, digits: int = 2) -> str:
     """`−0.80 to +0.60`."""
-    return ABSENT if ends is None else f"{signed(ends[0])} to {signed(ends[1])}"
+    return ABSENT if ends is None else f"{signed(ends[0], digits)} to {signed(ends[1], digits)}"
 
 
 def p_value(value: float | None) -> str:
