@@ -80,6 +80,8 @@ def results(
             "latency": _latency(1.0) if measured else None,
         },
         "controls": [],
+        "tuning": None,
+        "audit": None,
         "variants": [_variant(draw, name, classes, seeds, epochs, measured, start, sites) for name in names],
     }
 
@@ -116,6 +118,7 @@ def _variant(
         "per_class_gain_points": [round(draw.gauss(gain, 1.5), 2) for _ in classes],
         "curves": [_curve(draw, epochs, gain) for _ in range(seeds)],
         "gates": [_gate(draw, place, sites, start, name) for place in range(sites)],
+        "hardly_moved": None,
         "latency": _latency(1.0 + 0.11 * len(name)) if measured else None,
     }
 
