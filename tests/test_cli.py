@@ -316,7 +316,7 @@ def test_options_arrive(taken: Callable[..., dict[str, Any]]) -> None:
         "--controls adapter,noise "
         "--epochs 7 --image-size 96 --batch-size 32 --learning-rate 0.02 --weight-decay 0.001 --no-flip --device cpu "
         "--jobs 2 --smallest-gain 0.3 --out there --quiet --until decided --max-seeds 9 --add-seeds 2 "
-        "--folds 4"
+        "--folds 4 --gate-learning-rate 0.2 --tune lr --audit-selection"
     )
     assert taken(*words.split()) == {
         "data": "photos",
@@ -330,6 +330,9 @@ def test_options_arrive(taken: Callable[..., dict[str, Any]]) -> None:
         "max_seeds": 9,
         "add_seeds": 2,
         "folds": 4,
+        "gate_learning_rate": 0.2,
+        "tune": "lr",
+        "audit_selection": True,
         "epochs": 7,
         "image_size": 96,
         "batch_size": 32,

@@ -85,6 +85,8 @@ def results(
             "latency": _latency(1.0) if measured else None,
         },
         "controls": [],
+        "tuning": None,
+        "audit": None,
         "variants": [_variant(draw, name, classes, seeds, epochs, measured, start, sites) for name in names],
     }
 
@@ -123,6 +125,7 @@ def _variant(
         "other_scores": [_score(*score, gain, seeds) for score in SCORES],
         "curves": [_curve(draw, epochs, gain) for _ in range(seeds)],
         "gates": [_gate(draw, place, sites, start, name) for place in range(sites)],
+        "hardly_moved": None,
         "latency": _latency(1.0 + 0.11 * len(name)) if measured else None,
     }
 

@@ -27,6 +27,8 @@ Examples:
   convattn compare photos/ --until decided --max-seeds 12
   convattn compare convattn-photos-1a2b3c4d --add-seeds 3
   convattn compare photos/ --folds 5
+  convattn compare photos/ --weights resnet18.safetensors --backbone timm:resnet18 --tune lr --audit-selection
+  convattn compare photos/ --weights resnet20-12fca82f.th --variants cbam --gate-learning-rate 0.1
 """
 
 SITES_EXAMPLES = """\b
@@ -124,6 +126,20 @@ def compare(
         Path | None, typer.Option(help="Folder of the comparison.", show_default="convattn-DATA-HASH")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
+    gate_learning_rate: Annotated[
+        float | None, typer.Option(help="Of what is attached, controls included.", show_default="that of the rest")
+    ] = None,
+    tune: Annotated[
+        str | None,
+        typer.Option(help="lr: let each network choose its learning rate on validation images.", show_default="none"),
+    ] = None,
+    audit_selection: Annotated[
+        bool,
+        typer.Option(
+            "--audit-selection",
+            help="Score the test images at every epoch, only to show what choosing the epoch on them would report.",
+        ),
+    ] = False,
 ) -> None:
     """Train a network with and without attention on your images, and say whether it is worth it.
 
@@ -154,6 +170,9 @@ def compare(
         smallest_gain=smallest_gain,
         out=out,
         quiet=quiet,
+        gate_learning_rate=gate_learning_rate,
+        tune=tune,
+        audit_selection=audit_selection,
     )
 
 

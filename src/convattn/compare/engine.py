@@ -21,7 +21,7 @@ import torch
 
 from convattn import checks, reporting
 from convattn.compare import folder as folders
-from convattn.compare import leaks, rounds, stats, timing
+from convattn.compare import leaks, rounds, stats, timing, tuning
 from convattn.compare.controls import seed_of
 from convattn.compare.display import Display
 from convattn.compare.options import (
@@ -74,6 +74,9 @@ def run(
     smallest_gain: float | None = None,
     out: str | Path | None = None,
     quiet: bool = False,
+    gate_learning_rate: float | None = None,
+    tune: str | None = None,
+    audit_selection: bool = False,
 ) -> dict[str, Any]:
     """Train baseline and variants on images over several seeds, and say what each variant gains and costs.
 
@@ -117,6 +120,11 @@ def run(
         smallest_gain: the smallest gain in percentage points that is worth it, 0.5 by default.
         out: the folder; by default named after the data and a hash of the plan.
         quiet: print nothing.
+        gate_learning_rate: that of what is attached, in variants and controls alike; by default that of the rest.
+        tune: `"lr"` lets the baseline, every variant and every control choose a learning rate on validation images,
+            from the same five around `learning_rate` and with trainings of seeds that are not compared.
+        audit_selection: score the test images at every epoch as well, to show what others would have reported who
+            choose the epoch on them; nothing else changes.
 
     Returns:
         The content of `results.json`, and `"folder"`, where it and `report.html` are.
@@ -150,6 +158,9 @@ def run(
         max_seeds=max_seeds,
         folds=folds,
         train=train,
+        gate_learning_rate=gate_learning_rate,
+        tune=tune,
+        audit_selection=audit_selection,
     )
     display = Display(quiet=quiet)
     for variant in options.variants:
@@ -227,7 +238,7 @@ def _decoded(options: Options, source: Source, folder: Path, display: Display) -
         folders.clear(folder)
     if options.folds is None:
         check_counts(images)
-    for seed, fold in options.parts:
+    for seed, fold in [*options.parts, *((seed, None) for seed in tuning.SEEDS if options.tune)]:
         # groups may not fit, which should be known before the first run
         split(images, seed, fold=fold, folds=options.folds)
     _check_forward(network, images, options.backbone)
@@ -243,6 +254,8 @@ def _is_complete(options: Options, folder: Path) -> bool:
         # what is left shows only when it has been looked at
         return False
     runs = [run for name in options.names for run in runs_of(folder, name, options)]
+    if options.tune and not tuning.are_done(options.names, options.learning_rate, folder):
+        return False
     files = [folder / START, folder / timing.COST, folder / leaks.LEAKS]
     return all(finished(run) is not None for run in runs) and all(file.exists() for file in files)
 
@@ -284,6 +297,8 @@ def _carried_out(options: Options, images: Images, folder: Path, display: Displa
         if seen is not None
         else "With a single seed this comparison can see no gain: it has no interval. Take at least 2, better 5."
     )
+    if options.tune:
+        options = _tuned(options, firsts, images, folder, display, max(1, threads // options.jobs))
     taken = _rounds(options, images, folder, display, max(1, threads // options.jobs), like)
     if not (folder / timing.COST).exists():
         display.say("Measuring what each variant costs ...")
@@ -295,6 +310,22 @@ def _carried_out(options: Options, images: Images, folder: Path, display: Displa
     (folder / ARRAY).unlink(missing_ok=True)
     _conclude(results, report, display)
     return {**results, "folder": str(folder)}
+
+
+def _tuned(
+    options: Options, firsts: Sequence[RunSpec], images: Images, folder: Path, display: Display, threads: int
+) -> Options:
+    """The options with the learning rate that each network chose."""
+    specs = tuning.trials(firsts, threads)
+    display.say(f"Choosing a learning rate for each network on validation images, in {len(specs)} trainings:")
+    already = sum(finished(folder / RUNS / spec.name) is not None for spec in specs)
+    with display.watch(len(specs), already):
+        run_all(specs, images, folder, options.jobs, display.update)
+    found = tuning.chosen(options.names, options.learning_rate, folder)
+    display.say(found["sentence"])
+    for line in found["warnings"]:
+        display.warn(line)
+    return replace(options, rates=tuning.rates(found, options.names))
 
 
 def _rounds(
@@ -373,7 +404,7 @@ def _spec(
         backbone=options.backbone,
         weights=options.weights,
         start=options.start,
-        recipe=options.recipe,
+        recipe=options.recipe(variant),
         flip=options.flip,
         device=options.device,
         threads=threads,
@@ -382,6 +413,7 @@ def _spec(
         train=options.train,
         fold=fold,
         folds=options.folds,
+        audit=options.audit_selection,
     )
 
 

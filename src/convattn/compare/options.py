@@ -16,6 +16,7 @@ import torch
 from convattn import checks, networks
 from convattn.attachment import plan
 from convattn.compare import controls as control
+from convattn.compare import tuning
 from convattn.compare.rounds import UNTIL
 from convattn.errors import InvalidOption
 from convattn.networks import IMAGENET_MEAN, IMAGENET_STD
@@ -30,7 +31,7 @@ RATE, FINE_TUNING_RATE, RATE_BATCH = 0.05, 0.01, 128
 WEIGHT_DECAY = 5e-4
 EPOCHS, FINE_TUNING_EPOCHS = 30, 10
 # these change how many runs there are, where they run or how they are judged, not what any run is
-NOT_HASHED = ("seeds", "jobs", "smallest_gain", "until", "max_seeds")
+NOT_HASHED = ("seeds", "jobs", "smallest_gain", "until", "max_seeds", "rates")
 SEEDS, FIRST_SEEDS, MAX_SEEDS = 5, 3, 12
 SMALLEST_GAIN = 0.5
 # it becomes the name of a folder
@@ -60,14 +61,19 @@ class Options:
     until: str | None = None
     max_seeds: int | None = None
     folds: int | None = None
+    gate_learning_rate: float | None = None
+    tune: str | None = None
+    audit_selection: bool = False
+    # by the name of a network the learning rate that it chose, once that is known
+    rates: Mapping[str, float] = field(default_factory=dict)
     # functions of the user: what builds a network, by its name, and what trains it
     builds: Mapping[str, functions.Build] = field(default_factory=dict)
     train: functions.Train | None = None
 
-    @property
-    def recipe(self) -> Recipe:
-        """How every run is trained."""
-        return Recipe(self.epochs, self.batch_size, self.learning_rate, self.weight_decay)
+    def recipe(self, name: str) -> Recipe:
+        """How a network is trained: each like all others, but for a learning rate that it chose."""
+        rate = self.rates.get(name, self.learning_rate)
+        return Recipe(self.epochs, self.batch_size, rate, self.weight_decay, self.gate_learning_rate)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -116,7 +122,9 @@ class Options:
         """Every option that makes a difference, as `run` takes it."""
         names = ["backbone", "weights", "variants", "controls", "start", "seeds", "until", "max_seeds", "folds"]
         names += ["epochs", "image_size", "batch_size", "learning_rate", "weight_decay", "flip", "smallest_gain"]
+        names += ["gate_learning_rate", "tune"]
         values = {name: getattr(self, name) for name in names} | {"seeds": seeds}
+        values |= {"audit_selection": self.audit_selection or None}
         values |= {name: ",".join(values[name]) for name in ("variants", "controls")}
         return {name: value for name, value in values.items() if value not in (None, "")}
 
@@ -166,6 +174,9 @@ def parse(
     max_seeds: int | None = None,
     folds: int | None = None,
     train: functions.Train | None = None,
+    gate_learning_rate: float | None = None,
+    tune: str | None = None,
+    audit_selection: bool = False,
 ) -> Options:
     """Check every option that can be checked without looking at data or networks, and fill in the defaults."""
     where = "compare"
@@ -186,8 +197,10 @@ def parse(
     for name, optional in (("epochs", epochs), ("image_size", image_size)):
         if optional is not None:
             checks.positive(where, name, optional)
-    if learning_rate is not None and not 0 < learning_rate < math.inf:
-        raise InvalidOption(f"compare: learning_rate must be above 0 and finite, got {learning_rate}.")
+    for name, rate in (("learning_rate", learning_rate), ("gate_learning_rate", gate_learning_rate)):
+        if rate is not None and not 0 < rate < math.inf:
+            raise InvalidOption(f"compare: {name} must be above 0 and finite, got {rate}.")
+    _check_training(tune, audit_selection, gate_learning_rate, folds, train)
     checks.between(where, "weight_decay", weight_decay, 0, 1)
     smallest_gain = SMALLEST_GAIN if smallest_gain is None else smallest_gain
     checks.between(where, "smallest_gain", smallest_gain, 0, 100)
@@ -199,7 +212,7 @@ def parse(
     builds = _builds(backbone, variants, controls, chosen)
     if jobs > 1:
         functions.check_sendable([*builds.values(), *([train] if train else [])])
-    rate = (FINE_TUNING_RATE if chosen else RATE) * batch_size / RATE_BATCH
+    usual = (FINE_TUNING_RATE if chosen else RATE) * batch_size / RATE_BATCH
     return Options(
         data=str(data),
         backbone=backbone if isinstance(backbone, str) else functions.label(backbone),
@@ -210,7 +223,7 @@ def parse(
         epochs=epochs or (FINE_TUNING_EPOCHS if chosen else EPOCHS),
         image_size=image_size,
         batch_size=batch_size,
-        learning_rate=rate if learning_rate is None else learning_rate,
+        learning_rate=usual if learning_rate is None else learning_rate,
         weight_decay=weight_decay,
         # digits are read from left to right
         flip=str(data) != "digits" if flip is None else flip,
@@ -221,6 +234,9 @@ def parse(
         until=until,
         max_seeds=most,
         folds=folds,
+        gate_learning_rate=gate_learning_rate,
+        tune=tune,
+        audit_selection=audit_selection,
         builds=builds,
         train=train,
     )
@@ -251,6 +267,26 @@ def check_networks(options: Options, classes: int) -> torch.nn.Module:
             base = backbone_of(options, classes) if BASELINE in options.builds else None
             build({**about, "variant": name}, base=base)
     return network
+
+
+def _check_training(
+    tune: str | None,
+    audit_selection: bool,
+    gate_learning_rate: float | None,
+    folds: int | None,
+    train: functions.Train | None,
+) -> None:
+    """Raise `InvalidOption` for options of our training that there is no such, or that others exclude."""
+    checks.choice("compare", "tune", tune, (None, *tuning.TUNE))
+    asked = {"tune": tune, "audit_selection": audit_selection, "gate_learning_rate": gate_learning_rate}
+    ours = [name for name, value in asked.items() if value]
+    if train is not None and ours:
+        raise InvalidOption(f"compare: {ours[0]} is for our training, which train takes the place of; leave out one.")
+    if tune is not None and folds is not None:
+        raise InvalidOption(
+            "compare: tune chooses a learning rate on images that are never tested, and with folds every image is "
+            "tested; leave out one."
+        )
 
 
 def _builds(

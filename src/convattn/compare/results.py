@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import convattn
-from convattn.compare import controls, leaks, scores, stats, verdicts
+from convattn.compare import audit, controls, identity, leaks, scores, stats, tuning, verdicts
 from convattn.compare import folder as folders
 from convattn.compare.options import Options
 from convattn.compare.rounds import Looks
@@ -50,6 +50,10 @@ def assemble(
     within: dict[str, Any] = {"groups": groups, "confidence": CONFIDENCE, "folds": options.folds}
     controlled = controls.compared(names, right, costs, smallest=options.smallest_gain, **within)
     scored = {name: scores.over_seeds(probabilities(folder, name, options, images), labels) for name in tested}
+    moved = {name: _hardly_moved(name, results[name], options) for name in (*options.variants, *names)}
+    for control in controlled:
+        control["hardly_moved"] = moved[control["name"]]
+        control["sentence"] += f" {control['hardly_moved']}" if control["hardly_moved"] else ""
     variants = []
     for name, verdict in found.items():
         difference = 100.0 * (right[name].astype(float) - right[BASELINE])
@@ -63,11 +67,14 @@ def assemble(
                 ),
                 "other_scores": scores.rows(scored[BASELINE], scored[name], labels, **within),
                 "gates": _gates([result["gates"] for result in results[name]]),
+                "hardly_moved": moved[name],
             }
         )
+        variants[-1]["sentence"] += f" {moved[name]}" if moved[name] else ""
     data = _data(options, images, parts, folder)
     leak = leaks.leak(data["duplicates"], len(parts.test))
     headline = verdicts.headline([(v["name"], v["verdict"]) for v in variants], options.smallest_gain)
+    headline += identity.headline(variants)
     for variant in variants if leak else []:
         variant["sentence"] = f"Were all test images new: {variant['sentence']}"
     content: dict[str, Any] = _rounded(
@@ -85,6 +92,8 @@ def assemble(
             "baseline": baseline,
             "variants": variants,
             "controls": controlled,
+            "tuning": tuning.chosen(options.names, options.learning_rate, folder) if options.tune else None,
+            "audit": _audit(options, images, results) if options.audit_selection else None,
         }
     )
     return content
@@ -187,6 +196,8 @@ def _setting(
         "batch_size": options.batch_size,
         "latency_batch_size": min(options.batch_size, len(parts.train)),
         "learning_rate": options.learning_rate,
+        "learning_rates": {name: options.recipe(name).learning_rate for name in options.names},
+        "gate_learning_rate": options.gate_learning_rate,
         "weight_decay": options.weight_decay,
         "flip": options.flip,
         "seeds": list(range(options.seeds)),
@@ -280,6 +291,20 @@ def _gates(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
         }
         for sites in zip(*runs, strict=True)
     ]
+
+
+def _hardly_moved(name: str, runs: Sequence[dict[str, Any]], options: Options) -> str | None:
+    recipe = options.recipe(name)
+    rate = recipe.learning_rate if recipe.gate_learning_rate is None else recipe.gate_learning_rate
+    return identity.hardly_moved(name, _gates([result["gates"] for result in runs]), rate)
+
+
+def _audit(options: Options, images: Images, results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    # a fold may have an image more or less than another
+    tested = [1] if options.folds is None else np.bincount(fold_of(images, options.folds)).tolist()
+    shown = {name: results[name] for name in (BASELINE, *options.variants)}
+    found = audit.audited(shown, tested * options.seeds)
+    return {"networks": found, "sentence": audit.summary(found)}
 
 
 def _versions() -> dict[str, str]:

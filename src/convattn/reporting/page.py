@@ -20,6 +20,8 @@ SETTINGS = {
     "image_size": "Image size, pixels",
     "batch_size": "Batch size",
     "learning_rate": "Learning rate",
+    "learning_rates": "Learning rates chosen",
+    "gate_learning_rate": "Learning rate of what is attached",
     "weight_decay": "Weight decay",
     "flip": "Horizontal flips",
     "seeds": "Seeds",
@@ -61,7 +63,7 @@ def render(results: Mapping[str, Any]) -> str:
     rendered: str = page.get_template("report.html.j2").render(
         results,
         figures=figures.draw_all(results),
-        settings=_settings(results["setting"]),
+        settings=_settings(results["setting"], tuned=results.get("tuning") is not None),
         most_classes=MOST_CLASSES,
         most_table_classes=MOST_TABLE_CLASSES,
         most_left_out=MOST_LEFT_OUT,
@@ -69,9 +71,14 @@ def render(results: Mapping[str, Any]) -> str:
     return rendered
 
 
-def _settings(setting: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _settings(setting: Mapping[str, Any], *, tuned: bool) -> list[tuple[str, str]]:
     """What was set, in words; a setting that this list does not know yet still appears, under its own name."""
-    return [(SETTINGS.get(key, key.replace("_", " ").capitalize()), _told(value)) for key, value in setting.items()]
+    return [
+        (SETTINGS.get(key, key.replace("_", " ").capitalize()), _told(value))
+        for key, value in setting.items()
+        # where nothing was chosen, all of them are the learning rate
+        if tuned or key != "learning_rates"
+    ]
 
 
 def _told(value: object) -> str:
@@ -81,6 +88,8 @@ def _told(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return text.short(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_told(one)}" for name, one in value.items())
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_told, value))
     return str(value)

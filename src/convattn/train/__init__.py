@@ -10,6 +10,7 @@ from convattn.train.run import (
     finished,
     run_name,
     start_accuracy,
+    trial_name,
     write,
 )
 
@@ -23,5 +24,6 @@ __all__ = [
     "finished",
     "run_name",
     "start_accuracy",
+    "trial_name",
     "write",
 ]

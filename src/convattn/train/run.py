@@ -12,7 +12,7 @@ result.json          scores; written last
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class RunSpec:
 
     `build` makes the network, or the backbone where attention is still to be attached to it, in place of `backbone` and
     `weights`; `whole` tells that nothing is. `train` takes the place of our training. `fold` of `folds` is tested.
+    With `audit`, the test images are scored at every epoch as well, which changes nothing else. A `trial` is of a
+    learning rate: it is scored on validation images, and has no test images.
     """
 
     variant: str
@@ -53,10 +55,14 @@ class RunSpec:
     train: functions.Train | None = None
     fold: int | None = None
     folds: int | None = None
+    audit: bool = False
+    trial: bool = False
 
     @property
     def name(self) -> str:
         """The name of the run's folder."""
+        if self.trial:
+            return trial_name(self.variant, self.seed, self.recipe.learning_rate)
         return run_name(self.variant, self.seed, self.fold)
 
     def plan(self) -> dict[str, Any]:
@@ -72,6 +78,11 @@ def run_name(variant: str, seed: int, fold: int | None = None) -> str:
     return f"{variant.replace(':', '-')}-seed{seed}" + ("" if fold is None else f"-fold{fold}")
 
 
+def trial_name(variant: str, seed: int, rate: float) -> str:
+    """The name of the folder of a trial of a learning rate."""
+    return f"trial-{run_name(variant, seed)}-rate{rate:g}"
+
+
 @dataclass(frozen=True)
 class Progress:
     """Where a run stands, for whoever watches."""
@@ -83,6 +94,10 @@ class Progress:
     seconds_left: float
     loss: float | None = None
     validation_accuracy: float | None = None
+
+
+class _Diverged(RunFailed):
+    """A training loss that is no number any more."""
 
 
 class Run:
@@ -108,6 +123,9 @@ class Run:
         mean, std = self.network.input_mean, self.network.input_std
         self.about |= {"mean": list(mean), "std": list(std)}  # type: ignore[arg-type]
         self.split = split(images, spec.seed, fold=spec.fold, folds=spec.folds)
+        if spec.trial:
+            # whatever is done with a trial, no test image can have a part in it
+            self.split = replace(self.split, test=self.split.test[:0])
         self.images = images
         size = min(spec.recipe.batch_size, len(self.split.train))
         self.batches = Batches(images, self.split.train, size, mean, std, spec.seed, spec.flip)  # type: ignore[arg-type]
@@ -148,8 +166,7 @@ class Run:
     def _learn(self, x: torch.Tensor, labels: torch.Tensor, steps: int) -> None:
         # whatever a layer draws (dropout, drop path) is a function of seed and step, so that a run can go on
         torch.manual_seed(self.spec.seed * 1_000_003 + self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.spec.recipe.rate(self.step, steps)
+        self.spec.recipe.set_rates(self.optimizer, self.step, steps)
         self.optimizer.zero_grad(set_to_none=True)
         loss = F.cross_entropy(self.network(x), labels)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -164,7 +181,7 @@ class Run:
         likelihood = np.maximum(guesses[np.arange(len(labels)), labels], 1e-12)
         loss = self.loss_sum / len(self.batches)
         if not np.isfinite(loss):
-            raise RunFailed(
+            raise _Diverged(
                 f"{self.spec.name}: the training loss is {loss} in epoch {epoch + 1}; lower --learning-rate."
             )
         self.history.append(
@@ -175,6 +192,9 @@ class Run:
                 "validation_loss": float(-np.log(likelihood).mean()),
             }
         )
+        if self.spec.audit:
+            tested = self.split.test
+            self.history[-1]["test_accuracy"] = accuracy(self.probabilities(tested), self.images.labels[tested])
         self.loss_sum = 0.0
         if best_epoch(self.history) == epoch + 1:
             _save(self.folder / BEST, self.network.state_dict())
@@ -215,6 +235,18 @@ class Run:
         self.network.load_state_dict(torch.load(self.folder / BEST, map_location=self.device, weights_only=True))
         return self._conclude(self.probabilities(self.split.test), self.probabilities(self.split.validation))
 
+    def try_out(self, watch: Callable[[Progress], None]) -> dict[str, Any]:
+        """Train, and write down what validation says of the learning rate; None where it made the training diverge."""
+        result = {"variant": self.spec.variant, "seed": self.spec.seed, "threads": torch.get_num_threads()}
+        try:
+            self.train(watch)
+            best = self.history[best_epoch(self.history) - 1]
+        except _Diverged:
+            best = {}
+            watch(Progress(self.spec.name, len(self.history) + 1, self.spec.recipe.epochs, done=1.0, seconds_left=0.0))
+        result |= {key: best.get(key) for key in ("validation_accuracy", "validation_loss")}
+        return self._leave(result | {"history": self.history})
+
     def _conclude(self, test: np.ndarray, validation: np.ndarray | None) -> dict[str, Any]:
         self._write_predictions(test, validation)
         checkpoint.save(self.folder / "weights.safetensors", self.network, self.about)
@@ -229,6 +261,10 @@ class Run:
             "gates": departures(self.network, next(evaluation_batches(self.batches, self.split.validation))),
             "threads": torch.get_num_threads(),
         }
+        return self._leave(result)
+
+    def _leave(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Write the result, which makes the run a finished one, and remove what only an unfinished one needs."""
         write(self.folder / RESULT, json.dumps(result, indent=1))
         for name in (CHECKPOINT, BEST):
             (self.folder / name).unlink(missing_ok=True)
@@ -279,6 +315,8 @@ def execute(spec: RunSpec, images: Images, folder: Path, watch: Callable[[Progre
     if spec.train is not None:
         return run.train_by_function(spec.train, watch)
     run.restore()
+    if spec.trial:
+        return run.try_out(watch)
     run.train(watch)
     return run.finish()
 
