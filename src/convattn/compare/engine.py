@@ -6,8 +6,8 @@ leaks.json    the test images that are among the others as well
 start.json    test accuracy of every variant before training
 runs/         a folder for every run
 cost.json     time, throughput, memory and sizes of every variant, measured after the last run
-results.json  everything that the report says
-report.html   the report
+results.json  everything that the report says, see docs/results.md
+report.html   the report, with results.csv and results.md beside it
 """
 
 import contextlib
@@ -42,7 +42,7 @@ from convattn.train import RunSpec, evaluation_shape, finished, start_accuracy, 
 from convattn.train.checkpoint import BASELINE
 from convattn.train.controls import NOISE
 
-START, RESULTS = "start.json", "results.json"
+START, RESULTS = "start.json", reporting.RESULTS
 
 
 def run(
@@ -321,7 +321,7 @@ def _conclude(results: dict[str, Any], report: Path, display: Display) -> None:
     display.say()
     display.say(results["headline"])
     for variant in results["variants"]:
-        display.say(f"  {variant['sentence']} {variant['latency']['sentence']}")
+        display.say(f"  {(variant['latency'] or variant)['sentence']}")
     for control in results["controls"]:
         display.say(f"  {control['sentence']}")
     display.say()

@@ -7,12 +7,22 @@ go together by their place. `groups`, (images,), may name the patient or video o
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from convattn import checks
 from convattn.compare.verdicts import Verdict, verdict
 from convattn.errors import DataError, InvalidOption
+
+
+class Predictions(NamedTuple):
+    """What networks got right, (seeds, images), of the same images, whose groups and labels may be known."""
+
+    baseline: np.ndarray
+    variants: dict[str, np.ndarray]
+    groups: np.ndarray | None
+    labels: np.ndarray | None
 
 
 def judge(baseline: str | Path, variants: Sequence[str | Path], *, smallest_gain: float = 0.5) -> dict[str, Verdict]:
@@ -28,6 +38,17 @@ def judge(baseline: str | Path, variants: Sequence[str | Path], *, smallest_gain
         InvalidOption: two files of one name.
     """
     checks.between("verdict", "smallest_gain", smallest_gain, 0, 100)
+    given = read(baseline, variants)
+    return verdict(given.baseline, given.variants, smallest_gain=smallest_gain, groups=given.groups)
+
+
+def read(baseline: str | Path, variants: Sequence[str | Path]) -> Predictions:
+    """The predictions in some files, the variants by the names of theirs.
+
+    Raises:
+        DataError: a file that is none, or of other images.
+        InvalidOption: two files of one name.
+    """
     files = [Path(one) for one in variants]
     names = [path.stem for path in files]
     twice = [name for name in names if names.count(name) > 1]
@@ -45,7 +66,7 @@ def judge(baseline: str | Path, variants: Sequence[str | Path], *, smallest_gain
         if labels is not None and own_labels is not None and not np.array_equal(labels, own_labels):
             raise DataError(f"{path} has other labels than {baseline}: the images have to be the same, in one order.")
         others[name] = right
-    return verdict(plain, others, smallest_gain=smallest_gain, groups=groups)
+    return Predictions(plain, others, groups, labels)
 
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import convattn
-from convattn.compare import controls, leaks, stats, verdicts
+from convattn.compare import changes, controls, leaks, stats, verdicts
 from convattn.compare import folder as folders
 from convattn.compare.options import Options
 from convattn.compare.rounds import Looks
@@ -20,7 +20,7 @@ from convattn.data import Images, Split, split
 from convattn.train import finished, run_name
 from convattn.train.checkpoint import BASELINE
 
-SCHEMA = 1
+SCHEMA = 2
 CONFIDENCE = 0.95
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "pillow")
 
@@ -41,7 +41,7 @@ def assemble(
     parts = split(images, 0)
     labels = images.labels[parts.test]
     baseline = _common(BASELINE, results, starts, costs)
-    baseline["per_class_accuracy"] = _by_class(100.0 * right[BASELINE], labels, len(images.classes))
+    baseline["per_class_accuracy"] = by_class(100.0 * right[BASELINE], labels, len(images.classes))
     groups = None if images.groups is None else images.groups[parts.test]
     said = {name: _cost(name, costs) for name in options.variants}
     tested = {name: right[name] for name in (BASELINE, *options.variants)}
@@ -52,12 +52,18 @@ def assemble(
     )
     variants = []
     for name, verdict in found.items():
+        caution = controls.caution(name, controlled)
+        timed = verdicts.sentence(
+            name, verdict.gain, options.seeds, options.smallest_gain, said[name] + verdicts.times(costs[name]["latency"])
+        )
         difference = 100.0 * (right[name].astype(float) - right[BASELINE])
         variants.append(
             {
                 **_common(name, results, starts, costs),
-                **_verdict(verdict, controls.caution(name, controlled)),
-                "per_class_gain_points": _by_class(difference, labels, len(images.classes)),
+                # with what it was made of, apart from what the same command gives again to the bit
+                "latency": {**costs[name]["latency"], "sentence": caution + timed},
+                **told(verdict, caution),
+                "per_class_gain_points": by_class(difference, labels, len(images.classes)),
                 "gates": _gates([result["gates"] for result in results[name]]),
             }
         )
@@ -65,25 +71,28 @@ def assemble(
     leak = leaks.leak(data["duplicates"], len(parts.test))
     headline = verdicts.headline([(v["name"], v["verdict"]) for v in variants], options.smallest_gain)
     for variant in variants if leak else []:
-        variant["sentence"] = f"Were all test images new: {variant['sentence']}"
-    content: dict[str, Any] = _rounded(
-        {
-            "schema": SCHEMA,
-            "convattn": convattn.__version__,
-            "headline": leaks.warning(leak) if leak else headline,
-            "leak": leak,
-            "data": data,
-            "setting": _setting(options, images, parts, results),
-            "looks": _looks(looks, options),
-            "command": asked.command(looks.seeds, folder),
-            "versions": _versions(),
-            "could_see_points": _could_see([verdict.gain for verdict in found.values()]),
-            "baseline": baseline,
-            "variants": variants,
-            "controls": controlled,
-        }
-    )
-    return content
+        for place in (variant, variant["latency"]):
+            place["sentence"] = f"Were all test images new: {place['sentence']}"
+    content: dict[str, Any] = {
+        "schema": SCHEMA,
+        "convattn": convattn.__version__,
+        "headline": leaks.warning(leak) if leak else headline,
+        "leak": leak,
+        "data": data,
+        "setting": _setting(options, images, parts, results),
+        "looks": _looks(looks, options),
+        "command": asked.command(looks.seeds, folder),
+        "versions": versions(),
+        "could_see_points": could_see([verdict.gain for verdict in found.values()]),
+        "baseline": baseline,
+        "variants": variants,
+        "controls": controlled,
+    }
+    content["changes"] = [
+        *changes.of_verdicts(found, options.smallest_gain, grouped=groups is not None, most=looks.most),
+        *changes.of_comparison(content),
+    ]
+    return rounded(content)  # type: ignore[no-any-return]
 
 
 def rights(folder: Path, names: Sequence[str], seeds: int) -> dict[str, np.ndarray]:
@@ -185,12 +194,11 @@ def _common(
             for run in runs
         ],
         **costs[name],
-        # with what it was made of, apart from what the same command gives again to the bit
-        "latency": {**costs[name]["latency"], "sentence": verdicts.time_sentence(costs[name]["latency"])},
     }
 
 
-def _verdict(verdict: verdicts.Verdict, caution: str) -> dict[str, Any]:
+def told(verdict: verdicts.Verdict, caution: str = "") -> dict[str, Any]:
+    """What results tell of a verdict; the caution is put before its sentence."""
     gain = verdict.gain
     return {
         "gain_points": gain.points,
@@ -211,7 +219,8 @@ def _cost(name: str, costs: dict[str, Any]) -> str:
     return f", for {100 * more:.1f} % more parameters"
 
 
-def _could_see(gains: list[stats.Gain]) -> float | None:
+def could_see(gains: list[stats.Gain]) -> float | None:
+    """The smallest gain that a comparison would probably have seen, in the middle of its variants."""
     seen = [gain.detectable for gain in gains if gain.detectable is not None]
     return median(seen) if seen else None
 
@@ -222,7 +231,7 @@ def _right(folder: Path) -> np.ndarray:
         return arrays["test_probabilities"].argmax(axis=1) == arrays["test_labels"]  # type: ignore[no-any-return]
 
 
-def _by_class(values: np.ndarray, labels: np.ndarray, classes: int) -> list[float | None]:
+def by_class(values: np.ndarray, labels: np.ndarray, classes: int) -> list[float | None]:
     """The mean over seeds and the images of each class; None for a class without test images."""
     return [float(values[:, labels == label].mean()) if (labels == label).any() else None for label in range(classes)]
 
@@ -239,7 +248,8 @@ def _gates(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     ]
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The versions of everything that a result may depend on."""
     found = {"python": platform.python_version(), "convattn": convattn.__version__}
     for package in PACKAGES:
         try:
@@ -249,10 +259,10 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Floats to six decimals, so that results are as readable as they are exact."""
     if isinstance(value, float):
         return round(value, 6)
     if isinstance(value, dict):
-        return {key: _rounded(one) for key, one in value.items()}
-    return [_rounded(one) for one in value] if isinstance(value, list) else value
+        return {key: rounded(one) for key, one in value.items()}
+    return [rounded(one) for one in value] if isinstance(value, list) else value

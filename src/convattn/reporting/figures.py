@@ -28,17 +28,20 @@ LOOKS = {
 
 def draw_all(results: Mapping[str, Any]) -> dict[str, Any]:
     """Every figure that these results allow, by name: wide and narrow ones, or one for each variant."""
-    variants = results["variants"]
+    variants, baseline = results["variants"], results["baseline"]
     places = range(len(variants))
+    # what was trained elsewhere may have neither
+    trained = places if all(one["curves"] for one in (baseline, *variants)) else ()
+    classed = places if all(one["per_class_gain_points"] for one in variants) else ()
     with style():
         figures: dict[str, Any] = {
             "gain": {"wide": gain(results, wide=True), "narrow": gain(results, wide=False)},
-            "accuracy": [curves(results, place, "validation_accuracy") for place in places],
-            "loss": [curves(results, place, "loss") for place in places],
-            "classes": [class_gain(results, place) for place in places],
+            "accuracy": [curves(results, place, "validation_accuracy") for place in trained],
+            "loss": [curves(results, place, "loss") for place in trained],
+            "classes": [class_gain(results, place) for place in classed],
             "gates": [figure for place in places if (figure := gate_departure(variants, place))],
         }
-        if any(variant["latency"] for variant in variants):
+        if any(_timed(variant) for variant in variants):
             figures["cost"] = {"wide": cost(results, wide=True), "narrow": cost(results, wide=False)}
     return figures
 
@@ -91,7 +94,7 @@ def _gain_row_narrow(sheet: Sheet, variant: Mapping[str, Any], middle: float) ->
 
 def cost(results: Mapping[str, Any], *, wide: bool) -> str:
     """Gain against the time of a training step, beside the baseline at no gain for no cost."""
-    measured = [variant for variant in results["variants"] if variant["latency"]]
+    measured = [variant for variant in results["variants"] if _timed(variant)]
     ratios = [variant["latency"]["train_step_ratio"] for variant in measured]
     left, top, right, bottom = 52, 12, 12, 44
     sheet = Sheet("cost-wide" if wide else "cost-narrow", WIDE if wide else NARROW, 360 if wide else 320)
@@ -123,6 +126,10 @@ def cost(results: Mapping[str, Any], *, wide: bool) -> str:
         for variant, ratio in zip(measured, ratios, strict=True)
     )
     return sheet.svg(f"Time of a training step against gain: {told}.")
+
+
+def _timed(variant: Mapping[str, Any]) -> bool:
+    return "train_step_ratio" in (variant["latency"] or {})
 
 
 def _name_points(axes: Any, points: Sequence[tuple[float, float, str]], across: float, up: float) -> None:
