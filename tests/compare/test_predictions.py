@@ -101,9 +101,12 @@ def test_the_command(files: dict[str, dict[str, np.ndarray]], capsys: pytest.Cap
     assert (ended.value.code or 0, said.err) == (0, "")
     first, *others = said.out.splitlines()
     assert first.startswith("Worth it here: better.")
-    assert [line.strip() for line in others] == [
+    assert [line.strip() for line in others[:2]] == [
         one.sentence for one in judge("baseline.npz", ["better.npz", "same.npz"]).values()
     ]
+    # the other scores of both, below a heading
+    assert " ".join(others[3].split()) == "variant score better if baseline variant gain 95 % interval variant is"
+    assert [line.split()[0] for line in others[4:]] == ["better"] * 5 + ["same"] * 5
 
 
 def test_a_mistake_is_one_line(files: dict[str, dict[str, np.ndarray]], capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from reporting_results import results
 import convattn.reporting
 from convattn.errors import ComparisonError, MissingExtra
 from convattn.reporting.page import render
+from convattn.reporting.text import interval, signed
 
 VOID = {"meta", "link", "br", "img"}
 
@@ -62,6 +63,7 @@ def test_everything_is_there_in_its_order() -> None:
     page = Page(render(results()))
     assert [words for level, words in page.headings if level < 3] == [
         "Is attention worth it on digits?",
+        "What would change the answer",
         "Gain over the baseline",
         "The numbers",
         "Other scores",
@@ -82,8 +84,17 @@ def test_the_verdicts_come_first() -> None:
     beginning = text[: text.index("Gain over the baseline")]
     assert given["headline"] in beginning
     for variant in given["variants"]:
-        assert variant["sentence"] in beginning
-        assert f"{variant['verdict']} {variant['name']} {variant['title']}" in beginning
+        # the sentence with the times in it
+        assert variant["latency"]["sentence"] in beginning
+        # which, how much, how sure, at what cost, against which control
+        more = 100 * (variant["parameters"] / given["baseline"]["parameters"] - 1)
+        slower = variant["latency"]["train_step_ratio"]["median"]
+        assert (
+            f"{variant['name']} {variant['title']} {variant['verdict']} {signed(variant['gain_points'])} "
+            f"{interval(variant['interval95'])} {signed(more, 1)} % parameters, training step × {slower:.2f}"
+        ) in beginning
+    assert beginning.count("none was run") == len(given["variants"])
+    assert all(change in beginning for change in given["changes"])
     assert "resnet20 from random weights" in beginning
     assert "gains of about 1.9 points or more, with 3 seeds and 360 test images" in beginning
     assert "would most likely stay hidden" in beginning
@@ -141,11 +152,13 @@ def test_classes_have_intervals_in_the_table() -> None:
 
 def test_controls_are_told_where_there_are_some() -> None:
     given = results(["cbam"])
-    assert "Controls" not in Page(render(given)).text
+    assert (2, "Controls") not in Page(render(given)).headings
     numbers = {"gain_points": 0.5, "interval95": [-0.25, 1.25], "mean_score": 98.6, "added_parameters": 3336}
     none = {"excess_points": None, "excess_interval95": None}
     adapter = {"name": "adapter:cbam", "sentence": "CBAM gains +0.4 points, an adapter of its size gains +0.5."}
+    adapter |= {"kind": "adapter", "of": "cbam", "exceeded": False}
     noise = {"name": "noise", "sentence": "Noise alone is called worth it here."}
+    noise |= {"kind": "noise", "of": None, "exceeded": None}
     given["controls"] = [
         {**numbers, **adapter, "excess_points": -0.1, "excess_interval95": [-0.75, 0.5], "alarming": False},
         {**numbers, **none, **noise, "alarming": False},
@@ -155,6 +168,7 @@ def test_controls_are_told_where_there_are_some() -> None:
     assert "adapter:cbam 3,336 98.60 +0.50 −0.25 to +1.25 −0.10 −0.75 to +0.50 noise" in page.text
     beginning = page.text[: page.text.index("Gain over the baseline")]
     assert adapter["sentence"] in page.text and adapter["sentence"] not in beginning
+    assert "does not exceed adapter (+0.50)" in beginning
     assert noise["sentence"] not in beginning
     # a comparison that takes noise for a gain says so before anything else
     given["controls"][1]["alarming"] = True
@@ -166,7 +180,7 @@ def test_a_setting_without_a_name_of_its_own_appears_too() -> None:
     given = results()
     given["setting"] |= {"label_smoothing": 0.1, "mixed_precision": None}
     text = Page(render(given)).text
-    assert "Label smoothing 0.1 Mixed precision –" in text
+    assert "Label smoothing 0.1" in text and "Mixed precision" not in text
 
 
 def test_images_left_out_are_named_on_the_first_screen_and_listed() -> None:
@@ -341,7 +355,7 @@ def test_write_makes_the_folder_and_leaves_one_file(tmp_path: Path) -> None:
     path = convattn.reporting.write(results(["se"]), tmp_path / "new" / "folder")
     assert path == tmp_path / "new" / "folder" / "report.html"
     assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
-    assert [entry.name for entry in path.parent.iterdir()] == ["report.html"]
+    assert sorted(entry.name for entry in path.parent.iterdir()) == ["report.html", "results.csv", "results.md"]
 
 
 def test_a_failed_write_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,7 +372,7 @@ def test_a_failed_write_leaves_the_old_report(tmp_path: Path, monkeypatch: pytes
 
 
 def test_results_of_another_schema_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ComparisonError, match=r"expected results of schema 2, got schema 1; write the report with"):
+    with pytest.raises(ComparisonError, match=r"expected results of schema 2, got schema 1; give the command"):
         convattn.reporting.write({"schema": 1}, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 

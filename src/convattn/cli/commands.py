@@ -43,6 +43,13 @@ VERDICT_EXAMPLES = """\b
 Examples:
   convattn verdict baseline.npz cbam.npz
   convattn verdict baseline.npz se.npz cbam.npz --smallest-gain 0.3
+  convattn verdict baseline.npz cbam.npz --out judged
+"""
+
+REPORT_EXAMPLES = """\b
+Examples:
+  convattn report convattn-photos-1a2b3c4d
+  convattn report judged
 """
 
 SHOW_EXAMPLES = """\b
@@ -181,18 +188,36 @@ def verdict(
     baseline: Annotated[Path, typer.Argument(help="An .npz of the plain network.")],
     variants: Annotated[list[Path], typer.Argument(help="An .npz of each other network.", metavar="VARIANT...")],
     smallest_gain: Annotated[float, typer.Option(help="Percentage points that are worth it.")] = 0.5,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the report and its numbers.", show_default="no report")
+    ] = None,
 ) -> None:
     """Say whether variants are worth it from predictions that were made elsewhere.
 
     Each .npz has `right` (seeds, images), true or false, or `probabilities` (seeds, images, classes) and `labels`
     (images), of the same images in the same order; `groups` (images) may name the patient or video of each image.
     """
-    from convattn.compare import predictions, verdicts
+    from convattn.compare import elsewhere, scores
 
-    found = predictions.judge(baseline, variants, smallest_gain=smallest_gain)
-    lines = [verdicts.headline([(name, one.word) for name, one in found.items()], smallest_gain)]
-    lines += [f"  {one.sentence}" for one in found.values()]
+    found = elsewhere.results(baseline, variants, smallest_gain=smallest_gain)
+    lines = [found["headline"], *(f"  {one['sentence']}" for one in found["variants"])]
+    lines += scores.table(found["variants"])
+    if out is not None:
+        lines += ["", f"The report: {elsewhere.write(found, out)}"]
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+@app.command(epilog=REPORT_EXAMPLES)
+def report(
+    folder: Annotated[Path, typer.Argument(help="A folder that 'compare' or 'verdict --out' wrote.")],
+) -> None:
+    """Draw the report of a comparison anew, from its results.json, without training or data.
+
+    Writes report.html, and the numbers beside it as results.csv and results.md.
+    """
+    from convattn import reporting
+
+    sys.stdout.write(f"The report: {reporting.redraw(folder)}\n")
 
 
 @app.command(epilog=SITES_EXAMPLES)

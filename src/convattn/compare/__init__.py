@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from convattn.compare.verdicts import verdict
 
 _HOMES = {"run": "convattn.compare.engine", "verdict": "convattn.compare.verdicts"}
-_ROOMS = ("looks", "predictions", "stats", "verdicts")
+_ROOMS = ("elsewhere", "looks", "predictions", "stats", "verdicts")
 
 __all__ = ["run", "verdict"]
 

@@ -6,8 +6,8 @@ leaks.json    the test images that are among the others as well
 start.json    test accuracy of every variant before training
 runs/         a folder for every run
 cost.json     time, throughput, memory and sizes of every variant, measured after the last run
-results.json  everything that the report says
-report.html   the report
+results.json  everything that the report says, see docs/results.md
+report.html   the report, with results.csv and results.md beside it
 """
 
 import contextlib
@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from convattn import checks, reporting
+from convattn.compare import changes, leaks, rounds, stats, timing, tuning
 from convattn.compare import folder as folders
-from convattn.compare import leaks, rounds, stats, timing, tuning
 from convattn.compare.controls import seed_of
 from convattn.compare.display import Display
 from convattn.compare.options import (
@@ -44,9 +44,7 @@ from convattn.train import RunSpec, evaluation_shape, finished, functions, start
 from convattn.train.checkpoint import BASELINE
 from convattn.train.controls import NOISE
 
-START, RESULTS = "start.json", "results.json"
-# fewer test images than this make intervals wide, whatever the number of seeds: half a point is five images
-FEW_TESTS = 1000
+START, RESULTS = "start.json", reporting.RESULTS
 
 
 def run(
@@ -286,7 +284,7 @@ def _carried_out(options: Options, images: Images, folder: Path, display: Displa
         + (f", tested in {options.folds} folds" if options.folds else "")
         + f"; {options.backbone} with {options.weights or 'random'} weights; results in {folder}"
     )
-    if options.folds is None and tests < FEW_TESTS:
+    if options.folds is None and tests < changes.FEW_TESTS:
         display.say(f"These are few test images: with --folds 5, each of {len(images.labels):,} images is tested.")
     _tell_what_is_wrong(images, options.folds, folder, display)
     starts = _start_accuracies(firsts, images, folder, display)
@@ -421,7 +419,7 @@ def _conclude(results: dict[str, Any], report: Path, display: Display) -> None:
     display.say()
     display.say(results["headline"])
     for variant in results["variants"]:
-        display.say(f"  {variant['sentence']} {variant['latency']['sentence']}")
+        display.say(f"  {(variant['latency'] or variant)['sentence']}")
     for control in results["controls"]:
         display.say(f"  {control['sentence']}")
     display.say()

@@ -7,12 +7,35 @@ go together by their place. `groups`, (images,), may name the patient or video o
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from convattn import checks
+from convattn.compare import scores
 from convattn.compare.verdicts import Verdict, verdict
 from convattn.errors import DataError, InvalidOption
+
+
+class Predictions(NamedTuple):
+    """What networks got right, (seeds, images), of the same images, whose groups and labels may be known.
+
+    `scored` has what `scores.over_seeds` gives where probabilities are known, and None elsewhere; of the baseline under
+    None.
+    """
+
+    baseline: np.ndarray
+    variants: dict[str, np.ndarray]
+    groups: np.ndarray | None
+    labels: np.ndarray | None
+    scored: dict[str | None, dict[str, np.ndarray] | None]
+
+    def other_scores(self, name: str) -> list[dict[str, Any]]:
+        """The rows of `scores.rows` of a variant; none where probabilities are unknown."""
+        plain, own = self.scored[None], self.scored[name]
+        if plain is None or own is None or self.labels is None:
+            return []
+        return scores.rows(plain, own, self.labels, groups=self.groups)
 
 
 def judge(baseline: str | Path, variants: Sequence[str | Path], *, smallest_gain: float = 0.5) -> dict[str, Verdict]:
@@ -28,46 +51,73 @@ def judge(baseline: str | Path, variants: Sequence[str | Path], *, smallest_gain
         InvalidOption: two files of one name.
     """
     checks.between("verdict", "smallest_gain", smallest_gain, 0, 100)
+    given = read(baseline, variants)
+    return verdict(given.baseline, given.variants, smallest_gain=smallest_gain, groups=given.groups)
+
+
+def read(baseline: str | Path, variants: Sequence[str | Path]) -> Predictions:
+    """The predictions in some files, the variants by the names of theirs.
+
+    Raises:
+        DataError: a file that is none, or of other images.
+        InvalidOption: two files of one name.
+    """
     files = [Path(one) for one in variants]
     names = [path.stem for path in files]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise InvalidOption(f"verdict: two files are called {twice[0]!r}, and the verdicts bear the files' names.")
-    plain, groups, labels = _read(Path(baseline))
-    others = {}
+    plain = _read(Path(baseline))
+    others: dict[str, np.ndarray] = {}
+    scored: dict[str | None, dict[str, np.ndarray] | None] = {None: plain.scored}
     for name, path in zip(names, files, strict=True):
-        right, _, own_labels = _read(path)
-        if right.shape != plain.shape:
+        one = _read(path)
+        if one.right.shape != plain.right.shape:
             raise DataError(
-                f"{path} is of {right.shape[0]} seeds and {right.shape[1]} images, and {baseline} of {plain.shape[0]} "
-                f"and {plain.shape[1]}: they have to be the same."
+                f"{path} is of {one.right.shape[0]} seeds and {one.right.shape[1]} images, and {baseline} of "
+                f"{plain.right.shape[0]} and {plain.right.shape[1]}: they have to be the same."
             )
-        if labels is not None and own_labels is not None and not np.array_equal(labels, own_labels):
+        if plain.labels is not None and one.labels is not None and not np.array_equal(plain.labels, one.labels):
             raise DataError(f"{path} has other labels than {baseline}: the images have to be the same, in one order.")
-        others[name] = right
-    return verdict(plain, others, smallest_gain=smallest_gain, groups=groups)
+        others[name], scored[name] = one.right, one.scored
+    return Predictions(plain.right, others, plain.groups, plain.labels, scored)
 
 
-def _read(path: Path) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """What a network got right, and the groups and labels of the images where the file has them."""
+class _File(NamedTuple):
+    right: np.ndarray
+    groups: np.ndarray | None
+    labels: np.ndarray | None
+    scored: dict[str, np.ndarray] | None
+
+
+def _read(path: Path) -> _File:
+    """What a network got right, and the groups, labels and other scores of the images where the file has them."""
     try:
         with np.load(path) as archive:
             arrays = dict(archive)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{path} cannot be read as an archive of arrays ({checks.reason(error)}).") from error
-    groups, labels = arrays.get("groups"), arrays.get("labels")
+    groups, labels, scored = arrays.get("groups"), arrays.get("labels"), None
     if "right" in arrays:
         right = arrays["right"]
     elif "probabilities" in arrays and labels is not None:
         probabilities = arrays["probabilities"]
-        if probabilities.ndim != 3 or probabilities.shape[1:2] != labels.shape or not np.isfinite(probabilities).all():
-            raise DataError(
-                f"{path}: expected finite probabilities (seeds, images, classes) and labels (images,), got "
-                f"{probabilities.shape} and {labels.shape}."
-            )
+        _check_probabilities(path, probabilities, labels)
         right = probabilities.argmax(axis=2) == labels
+        scored = scores.over_seeds(probabilities, labels)
     else:
         raise DataError(f"{path} needs an array `right`, or `probabilities` and `labels`; it has {', '.join(arrays)}.")
     if right.ndim != 2 or 0 in right.shape or not np.isin(right, (0, 1)).all():
         raise DataError(f"{path}: expected `right` as true or false, (seeds, images), got the shape {right.shape}.")
-    return right.astype(bool), groups, labels
+    return _File(right.astype(bool), groups, labels, scored)
+
+
+def _check_probabilities(path: Path, probabilities: np.ndarray, labels: np.ndarray) -> None:
+    fit = probabilities.ndim == 3 and 0 not in probabilities.shape and probabilities.shape[1:2] == labels.shape
+    if not fit or not np.isfinite(probabilities).all():
+        raise DataError(
+            f"{path}: expected finite probabilities (seeds, images, classes) and labels (images,), got "
+            f"{probabilities.shape} and {labels.shape}."
+        )
+    if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= probabilities.shape[2]:
+        raise DataError(f"{path}: expected labels from 0 to {probabilities.shape[2] - 1}, one below the classes.")

@@ -1,7 +1,7 @@
 """Everything that the report says, from the folders of the runs."""
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import convattn
-from convattn.compare import audit, controls, identity, leaks, scores, stats, tuning, verdicts
+from convattn.compare import audit, changes, controls, identity, leaks, scores, stats, tuning, verdicts
 from convattn.compare import folder as folders
 from convattn.compare.options import Options
 from convattn.compare.rounds import Looks
@@ -35,68 +35,65 @@ def assemble(
 ) -> dict[str, Any]:
     """The results of a comparison whose runs are all done, at the last of the looks."""
     options, asked = replace(options, seeds=looks.seeds[-1]), options
-    runs = {name: runs_of(folder, name, options) for name in options.names}
-    results = {name: [finished(run) or {} for run in runs[name]] for name in options.names}
+    results = {name: [finished(run) or {} for run in runs_of(folder, name, options)] for name in options.names}
     right = rights(folder, options.names, options, images)
     parts = overview(images, options.folds)
     labels = images.labels[parts.test]
     baseline = _common(BASELINE, results, right, starts, costs)
-    baseline["per_class_accuracy"] = _by_class(100.0 * right[BASELINE], labels, len(images.classes))
+    baseline["per_class_accuracy"] = by_class(100.0 * right[BASELINE], labels, len(images.classes))
     groups = tested_groups(images, options.folds)
     said = {name: _cost(name, costs) for name in options.variants}
     tested = {name: right[name] for name in (BASELINE, *options.variants)}
     found = judged(tested, options.smallest_gain, looks, groups, said, folds=options.folds)
-    names = controls.expanded(options.controls, options.variants)
     within: dict[str, Any] = {"groups": groups, "confidence": CONFIDENCE, "folds": options.folds}
-    controlled = controls.compared(names, right, costs, smallest=options.smallest_gain, **within)
+    controlled = _controlled(options, results, right, costs, within)
     scored = {name: scores.over_seeds(probabilities(folder, name, options, images), labels) for name in tested}
-    moved = {name: _hardly_moved(name, results[name], options) for name in (*options.variants, *names)}
-    for control in controlled:
-        control["hardly_moved"] = moved[control["name"]]
-        control["sentence"] += f" {control['hardly_moved']}" if control["hardly_moved"] else ""
     variants = []
     for name, verdict in found.items():
-        difference = 100.0 * (right[name].astype(float) - right[BASELINE])
+        caution, moved = controls.caution(name, controlled), _hardly_moved(name, results[name], options)
+        timed = said[name] + verdicts.times(costs[name]["latency"])
+        sentence = verdicts.sentence(name, verdict.gain, options.seeds, options.smallest_gain, timed)
         variants.append(
             {
                 **_common(name, results, right, starts, costs),
-                **_verdict(verdict, controls.caution(name, controlled)),
-                "per_class_gain_points": _by_class(difference, labels, len(images.classes)),
-                "per_class_interval95_points": _class_intervals(
-                    scores.class_gains(right[BASELINE], right[name], labels, len(images.classes), **within)
-                ),
+                **told(verdict, caution, moved),
+                # with what it was made of, apart from what the same command gives again to the bit
+                "latency": {**costs[name]["latency"], "sentence": _joined(caution, sentence, moved)},
+                **per_class(right[BASELINE], right[name], labels, len(images.classes), within),
                 "other_scores": scores.rows(scored[BASELINE], scored[name], labels, **within),
                 "gates": _gates([result["gates"] for result in results[name]]),
-                "hardly_moved": moved[name],
+                "hardly_moved": moved,
             }
         )
-        variants[-1]["sentence"] += f" {moved[name]}" if moved[name] else ""
     data = _data(options, images, parts, folder)
     leak = leaks.leak(data["duplicates"], len(parts.test))
     headline = verdicts.headline([(v["name"], v["verdict"]) for v in variants], options.smallest_gain)
     headline += identity.headline(variants)
     for variant in variants if leak else []:
-        variant["sentence"] = f"Were all test images new: {variant['sentence']}"
-    content: dict[str, Any] = _rounded(
-        {
-            "schema": SCHEMA,
-            "convattn": convattn.__version__,
-            "headline": leaks.warning(leak) if leak else headline,
-            "leak": leak,
-            "data": data,
-            "setting": _setting(options, images, parts, results),
-            "looks": _looks(looks, options),
-            "command": asked.command(looks.seeds, folder),
-            "versions": _versions(),
-            "could_see_points": _could_see([verdict.gain for verdict in found.values()]),
-            "baseline": baseline,
-            "variants": variants,
-            "controls": controlled,
-            "tuning": tuning.chosen(options.names, options.learning_rate, folder) if options.tune else None,
-            "audit": _audit(options, images, results) if options.audit_selection else None,
-        }
-    )
-    return content
+        for place in (variant, variant["latency"]):
+            place["sentence"] = f"Were all test images new: {place['sentence']}"
+    content: dict[str, Any] = {
+        "schema": SCHEMA,
+        "convattn": convattn.__version__,
+        "headline": leaks.warning(leak) if leak else headline,
+        "leak": leak,
+        "data": data,
+        "setting": _setting(options, images, parts, results),
+        "looks": _looks(looks, options),
+        "command": asked.command(looks.seeds, folder),
+        "versions": versions(),
+        "could_see_points": could_see([verdict.gain for verdict in found.values()]),
+        "baseline": baseline,
+        "variants": variants,
+        "controls": controlled,
+        "tuning": tuning.chosen(options.names, options.learning_rate, folder) if options.tune else None,
+        "audit": _audit(options, images, results) if options.audit_selection else None,
+    }
+    content["changes"] = [
+        *changes.of_verdicts(found, options.smallest_gain, grouped=groups is not None, most=looks.most),
+        *changes.of_comparison(content),
+    ]
+    return rounded(content)  # type: ignore[no-any-return]
 
 
 def rights(folder: Path, names: Sequence[str], options: Options, images: Images) -> dict[str, np.ndarray]:
@@ -236,12 +233,11 @@ def _common(
             for run in runs
         ],
         **costs[name],
-        # with what it was made of, apart from what the same command gives again to the bit
-        "latency": {**costs[name]["latency"], "sentence": verdicts.time_sentence(costs[name]["latency"])},
     }
 
 
-def _verdict(verdict: verdicts.Verdict, caution: str) -> dict[str, Any]:
+def told(verdict: verdicts.Verdict, caution: str = "", moved: str | None = None) -> dict[str, Any]:
+    """What results tell of a verdict; the caution is put before its sentence, and whether gates moved behind it."""
     gain = verdict.gain
     return {
         "gain_points": gain.points,
@@ -253,8 +249,28 @@ def _verdict(verdict: verdicts.Verdict, caution: str) -> dict[str, Any]:
         "detectable_points": gain.detectable,
         "level": gain.level,
         "verdict": verdict.word,
-        "sentence": caution + verdict.sentence,
+        "sentence": _joined(caution, verdict.sentence, moved),
     }
+
+
+def _joined(caution: str, sentence: str, moved: str | None) -> str:
+    return caution + sentence + (f" {moved}" if moved else "")
+
+
+def _controlled(
+    options: Options,
+    results: Mapping[str, list[dict[str, Any]]],
+    right: Mapping[str, np.ndarray],
+    costs: Mapping[str, Any],
+    within: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """What there is to say of the controls."""
+    names = controls.expanded(options.controls, options.variants)
+    found = controls.compared(names, right, costs, smallest=options.smallest_gain, **within)
+    for control in found:
+        control["hardly_moved"] = _hardly_moved(control["name"], results[control["name"]], options)
+        control["sentence"] = _joined("", control["sentence"], control["hardly_moved"])
+    return found
 
 
 def _cost(name: str, costs: dict[str, Any]) -> str:
@@ -262,7 +278,8 @@ def _cost(name: str, costs: dict[str, Any]) -> str:
     return f", for {100 * more:.1f} % more parameters"
 
 
-def _could_see(gains: list[stats.Gain]) -> float | None:
+def could_see(gains: list[stats.Gain]) -> float | None:
+    """The smallest gain that a comparison would probably have seen, in the middle of its variants."""
     seen = [gain.detectable for gain in gains if gain.detectable is not None]
     return median(seen) if seen else None
 
@@ -272,11 +289,20 @@ def _test_probabilities(folder: Path) -> np.ndarray:
         return arrays["test_probabilities"]  # type: ignore[no-any-return]
 
 
-def _class_intervals(gains: list[stats.Gain | None]) -> list[list[float] | None]:
-    return [None if one is None or one.low is None or one.high is None else [one.low, one.high] for one in gains]
+def per_class(
+    baseline: np.ndarray, variant: np.ndarray, labels: np.ndarray, classes: int, within: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The gain on each class with its interval, None where there is none."""
+    gains = scores.class_gains(baseline, variant, labels, classes, **within)
+    return {
+        "per_class_gain_points": by_class(100.0 * (variant.astype(float) - baseline), labels, classes),
+        "per_class_interval95_points": [
+            None if one is None or one.low is None or one.high is None else [one.low, one.high] for one in gains
+        ],
+    }
 
 
-def _by_class(values: np.ndarray, labels: np.ndarray, classes: int) -> list[float | None]:
+def by_class(values: np.ndarray, labels: np.ndarray, classes: int) -> list[float | None]:
     """The mean over seeds and the images of each class; None for a class without test images."""
     return [float(values[:, labels == label].mean()) if (labels == label).any() else None for label in range(classes)]
 
@@ -307,7 +333,8 @@ def _audit(options: Options, images: Images, results: dict[str, list[dict[str, A
     return {"networks": found, "sentence": audit.summary(found)}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The versions of everything that a result may depend on."""
     found = {"python": platform.python_version(), "convattn": convattn.__version__}
     for package in PACKAGES:
         try:
@@ -317,10 +344,10 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Floats to six decimals, so that results are as readable as they are exact."""
     if isinstance(value, float):
         return round(value, 6)
     if isinstance(value, dict):
-        return {key: _rounded(one) for key, one in value.items()}
-    return [_rounded(one) for one in value] if isinstance(value, list) else value
+        return {key: rounded(one) for key, one in value.items()}
+    return [rounded(one) for one in value] if isinstance(value, list) else value

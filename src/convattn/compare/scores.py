@@ -12,7 +12,7 @@ is wider by what that can be, and its gain is nearer to none than the truth.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 from convattn.compare import score_values
 from convattn.compare.stats import Gain, gain_of, simultaneous
 from convattn.errors import InvalidOption
+from convattn.tables import aligned
 
 # beside the values of the scores: by how much the calibration error may be too large
 CALIBRATION, BIAS = "calibration_error", "calibration_bias"
@@ -130,6 +131,25 @@ def rows(
     """
     found = gains(baseline, variant, labels, groups=groups, confidence=confidence, folds=folds)
     return [_row(score, baseline[score.name], variant[score.name], found[score.name]) for score in SCORES]
+
+
+def table(variants: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The other scores of variants, as results have them, in lines with a heading; none where none are known."""
+    heading = ["variant", "score", "better if", "baseline", "variant", "gain", "95 % interval", "variant is"]
+    cells = [
+        [
+            variant["name"],
+            f"{row['title']}, {row['unit']}",
+            "higher" if row["higher_is_better"] else "lower",
+            *("-" if row[key] is None else f"{row[key]:.4g}" for key in ("baseline", "variant")),
+            "-" if row["gain"] is None else f"{row['gain']:+.3g}",
+            "-" if row["interval95"] is None else "{:+.3g} to {:+.3g}".format(*row["interval95"]),
+            row["change"] or "-",
+        ]
+        for variant in variants
+        for row in variant["other_scores"]
+    ]
+    return ["", *aligned([heading, *cells], "<<<>>>><")] if cells else []
 
 
 def class_gains(

@@ -146,10 +146,13 @@ def _could_see(found: Gain, smallest: float) -> str:
     return f"The smallest gain that it would probably have seen is {signed(seen).lstrip('+')} points."
 
 
-def time_sentence(latency: dict[str, dict[str, float]]) -> str:
-    """What a variant costs in time, as a sentence."""
-    step, one = (latency[f"{kind}_ratio"]["median"] for kind in ("train_step", "inference"))
-    return f"A training step takes {step:.2f} times as long, inference of one image {one:.2f} times."
+def times(latency: Mapping[str, Mapping[str, float]]) -> str:
+    """What a variant costs in time, to be put behind the other costs in its sentence."""
+    said = []
+    for kind, what in (("train_step", "the training step"), ("inference", "the inference of one image")):
+        ratio = latency.get(f"{kind}_ratio")
+        said += [f"{ratio['median']:.2f} times {what}"] if ratio else []
+    return f", {' and '.join(said)}" if said else ""
 
 
 def headline(verdicts: Sequence[tuple[str, str]], smallest: float) -> str:

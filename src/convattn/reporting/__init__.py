@@ -2,38 +2,79 @@
 
     convattn.reporting.write(results, folder)
 
-It draws what others computed; the numbers that it shows are those of `results.json`.
+It draws what others computed; the numbers that it shows are those of `results.json`. The same numbers lie beside it as
+a CSV table and as Markdown.
 """
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["write"]
+from convattn.checks import reason
+from convattn.errors import ComparisonError
 
-NAME = "report.html"
+__all__ = ["redraw", "write"]
+
+NAME, CSV, MARKDOWN = "report.html", "results.csv", "results.md"
+RESULTS = "results.json"
+# what a comparison writes first: see `compare.folder`
+BEGUN = ("plan.json", "preparing")
 
 
 def write(results: Mapping[str, Any], folder: Path) -> Path:
-    """Write `folder/report.html` for the results of a comparison and return its path.
+    """Write `report.html`, `results.csv` and `results.md` for the results of a comparison; return the report's path.
 
-    The file appears whole or not at all, and the same results give the same bytes.
+    Each file appears whole or not at all, and the same results give the same bytes.
 
     Raises:
         ComparisonError: the results have another schema than this version draws.
         MissingExtra: Jinja2 or Matplotlib is not installed.
     """
+    from convattn.reporting import rows
     from convattn.reporting.page import render
 
-    # a path may hold bytes that are no text; they show as \udcff
-    content = render(results).encode("utf-8", errors="backslashreplace")
+    contents = {NAME: render(results), CSV: rows.as_csv(results), MARKDOWN: rows.as_markdown(results)}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f".{NAME}.{os.getpid()}.tmp"
+    for name, content in contents.items():
+        # a path may hold bytes that are no text; they show as \udcff
+        _replace(folder / name, content.encode("utf-8", errors="backslashreplace"))
+    return folder / NAME
+
+
+def redraw(folder: str | Path) -> Path:
+    """Write the report of a folder anew, from its `results.json` alone, and return the report's path.
+
+    Raises:
+        ComparisonError: there are no results in the folder, or none that this version draws.
+        MissingExtra: Jinja2 or Matplotlib is not installed.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise ComparisonError(f"{folder} {what}: give the folder of a comparison.")
+    path = folder / RESULTS
+    if not path.exists():
+        if any((folder / name).exists() for name in BEGUN):
+            raise ComparisonError(f"{folder} is not done yet: give the command that began it once more.")
+        raise ComparisonError(f"{folder} has no {RESULTS}: give the folder of a comparison.")
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(results, dict):
+            raise ValueError(f"it is a {type(results).__name__}, not an object")
+    except (ValueError, OSError) as error:
+        raise ComparisonError(
+            f"{path} cannot be read ({reason(error)}): give the command that made it once more."
+        ) from error
+    return write(results, folder)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         unfinished.write_bytes(content)
-        unfinished.replace(folder / NAME)
+        unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
-    return folder / NAME

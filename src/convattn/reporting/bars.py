@@ -43,7 +43,7 @@ def gate_departure(variants: Sequence[Mapping[str, Any]], place: int) -> str | N
     """How far the gates of one variant are from letting everything pass; None where there is none."""
     if not variants[place]["gates"]:
         return None
-    shown = [_gate_rows(variant["gates"]) for variant in variants]
+    shown = [_gate_rows(variant["gates"] or ()) for variant in variants]
     ends = span([0.0, *(bar.value for rows in shown for bar in rows)], margin=0)
     title = plain(variants[place]["name"])
     return _bars(f"gates-{place}", title, shown[place], ends, "departure of the gates", _three_decimals)

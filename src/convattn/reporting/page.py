@@ -34,11 +34,7 @@ SETTINGS = {
 
 def render(results: Mapping[str, Any]) -> str:
     """The whole report as one HTML document."""
-    if results.get("schema") != SCHEMA:
-        raise ComparisonError(
-            f"report: expected results of schema {SCHEMA}, got schema {results.get('schema')!r}; "
-            "write the report with the version of convattn that made them."
-        )
+    _check_schema(results.get("schema"))
     jinja2 = extra("jinja2", "the report")
     page = jinja2.Environment(
         loader=jinja2.PackageLoader("convattn", "reporting"),
@@ -71,13 +67,25 @@ def render(results: Mapping[str, Any]) -> str:
     return rendered
 
 
+def _check_schema(schema: object) -> None:
+    if schema == SCHEMA:
+        return
+    older = isinstance(schema, int) and schema < SCHEMA
+    what = (
+        "give the command that made them once more, which writes them anew and trains nothing again."
+        if older
+        else "draw the report with the version of convattn that made them."
+    )
+    raise ComparisonError(f"report: expected results of schema {SCHEMA}, got schema {schema!r}; {what}")
+
+
 def _settings(setting: Mapping[str, Any], *, tuned: bool) -> list[tuple[str, str]]:
     """What was set, in words; a setting that this list does not know yet still appears, under its own name."""
     return [
         (SETTINGS.get(key, key.replace("_", " ").capitalize()), _told(value))
         for key, value in setting.items()
         # where nothing was chosen, all of them are the learning rate
-        if tuned or key != "learning_rates"
+        if value is not None and (tuned or key != "learning_rates")
     ]
 
 
