@@ -107,6 +107,43 @@ def test_the_interval_lies_between_those_of_others(seeds: int, images: float) ->
         assert half <= 1.25 * satterthwaite
 
 
+def test_a_gain_from_few_images_reaches_further_on_the_far_side() -> None:
+    # all seeds gain the same 3 of 400 images
+    baseline = np.zeros((5, 400), dtype=bool)
+    variant = baseline.copy()
+    variant[:, :3] = True
+    better, worse = gain(baseline, variant), gain(variant, baseline)
+    half, share = better.spread.half_width(0.05), 3 / 400
+    t = scipy_stats.t.ppf(0.975, 399)
+    third = 100**3 * share * (1 - share) * (1 - 2 * share) / 400**2
+    assert better.spread.third == pytest.approx(third)
+    assert (1 + 2 * t**2) / 6 * third / better.standard_error**2 == pytest.approx(better.high - better.points - half)
+    assert better.points - better.low == pytest.approx(half)
+    assert (worse.low, worse.high) == pytest.approx((-better.high, -better.low))
+    assert better.p_value == pytest.approx(worse.p_value)
+
+
+def test_it_reaches_at_most_half_as_far_again() -> None:
+    spread = Spread(0.01, 0.01, 4, 60, third=1.0)
+    low, high = spread.ends(0.5, 0.05)
+    assert 0.5 - low == pytest.approx(spread.half_width(0.05))
+    assert high - 0.5 == pytest.approx(1.5 * spread.half_width(0.05))
+
+
+def test_a_gain_where_few_errors_are_left_is_held() -> None:
+    """Of 98 % right to 99.5 %: the usual interval ends too early where a test set has few of the images that change."""
+    random = np.random.default_rng(4)
+    missed = missed_by_half = 0
+    for _ in range(REPEATS):
+        solved = random.random((2, 200)) < np.array([[0.98], [0.75]])
+        baseline = np.repeat(solved[:1], 10, axis=0)
+        variant = np.repeat(solved[:1] | solved[1:], 10, axis=0)
+        found = gain(baseline, variant)
+        missed += not found.low <= 1.5 <= found.high
+        missed_by_half += abs(found.points - 1.5) > found.points - found.low
+    assert missed / REPEATS <= 0.065 < missed_by_half / REPEATS
+
+
 @pytest.mark.parametrize("level", [0.2, 0.05, 0.001])
 def test_p_is_below_the_level_where_the_interval_excludes_none(level: float) -> None:
     spread = Spread(0.5, 0.2, 3, 400)

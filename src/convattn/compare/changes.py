@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from convattn.compare.options import EPOCHS, FINE_TUNING_EPOCHS
-from convattn.compare.stats import Gain, seeds_to_decide
+from convattn.compare.stats import Gain, leaves, seeds_to_decide
 from convattn.compare.verdicts import CANNOT_TELL, WORTH, Verdict, signed, word
 from convattn.train.controls import ADAPTER, PLACEBO
 
@@ -63,11 +63,17 @@ def images_to_decide(found: Gain, smallest: float) -> int | None:
     """
     if found.spread is None:
         return None
-    now, distance = found.spread.df_images + 1, abs(found.points - smallest)
+    now = found.spread.df_images + 1
     for step in range(1, math.ceil(math.log(MOST_TIMES) / math.log(STEP)) + 1):
         count = _round_up(now * STEP**step)
-        later = replace(found.spread, images=found.spread.images * now / count, df_images=count - 1)
-        if later.half_width(found.level) < distance:
+        fewer = now / count
+        later = replace(
+            found.spread,
+            images=found.spread.images * fewer,
+            df_images=count - 1,
+            third=found.spread.third * fewer**2,
+        )
+        if leaves(later, found, smallest):
             return count
     return None
 

@@ -8,7 +8,8 @@ Where the most seeds are planned, the share by s of m seeds is (s / m) ** 1.5 (K
 Where nothing is planned, the first look spends 80 % of the budget, and each later one 80 % of what is left.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 
@@ -61,35 +62,39 @@ def _levels(looks: tuple[int, ...], level: float, most: int | None) -> tuple[flo
 
     That is the hardest case: images, which all looks share, make them alike.
     """
-    p_values = _paths(looks)
     alive = np.ones(PATHS, dtype=bool)
     found: list[float] = []
     before = 0.0
-    for number, column in enumerate(p_values.T, 1):
+    for number, (seeds, statistic) in enumerate(zip(looks, _paths(looks), strict=True), 1):
         now = level * spent(looks[:number], most)
         # of those that have not been misled yet as many as the share allows
         count = int((now - before) * PATHS)
-        told = number > 1 and count >= FEWEST
-        limit = float(np.partition(column[alive], count)[count]) if told else now - before
-        found.append(limit)
-        alive &= column >= limit
+        if number > 1 and count >= FEWEST:
+            left = statistic[alive]
+            limit = float(np.partition(left, -count - 1)[-count - 1])
+            found.append(2 * float(special.stdtr(seeds - 1, -limit)))
+        else:
+            found.append(now - before)
+            limit = -float(special.stdtrit(seeds - 1, found[-1] / 2))
+        alive &= statistic <= limit
         before = now
     return tuple(found)
 
 
-@cache
-def _paths(looks: tuple[int, ...]) -> np.ndarray:
-    """The p-values of Student's test at each look, over paths."""
+def _paths(looks: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """Student's statistic without its sign at each look, over paths.
+
+    Of normal values, the sum and the squares around the mean are independent: normal, and chi-square with one degree of
+    freedom fewer than values. So a look takes two draws, however many seeds it adds.
+    """
     random = np.random.default_rng(0)
     total, squares, done = np.zeros(PATHS), np.zeros(PATHS), 0
-    columns = []
     for seeds in looks:
-        for _ in range(seeds - done):
-            values = random.standard_normal(PATHS)
-            total += values
-            squares += values**2
+        new = seeds - done
+        added = math.sqrt(new) * random.standard_normal(PATHS)
+        total += added
+        squares += added**2 / new
+        if new > 1:
+            squares += random.chisquare(new - 1, PATHS)
         done = seeds
-        mean = total / seeds
-        error = np.sqrt((squares / seeds - mean**2) / (seeds - 1))
-        columns.append(2 * special.stdtr(seeds - 1, -np.abs(mean / error)))
-    return np.stack(columns, axis=1)
+        yield np.abs(total) / np.sqrt(seeds * (squares - total**2 / seeds) / (seeds - 1))
