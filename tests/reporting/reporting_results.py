@@ -113,7 +113,6 @@ def _variant(
     return {
         "name": name,
         "title": TITLES.get(name, "an attention module"),
-        "sites": sites,
         "gain_points": gain,
         "interval95": [gain - width, gain + width] if seeds > 1 else None,
         "p_value": 0.0004 if verdict == "worth it" else 0.71 if seeds > 1 else None,

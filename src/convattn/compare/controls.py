@@ -122,6 +122,7 @@ def _control(
         "thing": thing,
         "exceeded": _exceeded(excess),
         "alarming": False,
+        "verdict": None,
     }
 
 

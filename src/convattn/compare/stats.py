@@ -14,10 +14,10 @@ quantile for each part (as Graybill and Wang, JASA 75, 1980, have it), is too wi
 square of the half width here is the mean of both at the level of 5 %, and nearer to the second at smaller ones; at two
 seeds, where the first fails, it is the second.
 
-Where a gain comes from few images, a test set that lacks such images shows both a small gain and a small spread, and the
-interval ends too early on the far side from 0. There it reaches further by the term that Johnson's t-interval has for
-skewed data (JASA 73, 1978), (1 + 2 t^2) / 6 times the third central moment of the mean over its variance, though by no
-more than half the half width. On the near side, and in p-values, nothing changes.
+Where a gain comes from few images, a test set that lacks such images shows both a small gain and a small spread, and
+the interval ends too early on the far side from 0. There it reaches further by the term that Johnson's t-interval has
+for skewed data (JASA 73, 1978), (1 + 2 t^2) / 6 times the third central moment of the mean over its variance, though
+by no more than half the half width. On the near side, and in p-values, nothing changes.
 
 Where every image is tested, by one of K networks trained on the other folds, the training sets overlap, and what one of
 them has by chance most of them have. The correction is that of Nadeau and Bengio (Machine Learning 52, 2003): 1 / K, by

@@ -31,10 +31,34 @@ SETTINGS = {
     "device": "Device",
 }
 
+# what the page is drawn from, beside the schema
+KEYS = (
+    "convattn",
+    "headline",
+    "leak",
+    "data",
+    "setting",
+    "looks",
+    "command",
+    "versions",
+    "could_see_points",
+    "baseline",
+    "variants",
+    "controls",
+    "tuning",
+    "audit",
+    "changes",
+)
+
 
 def render(results: Mapping[str, Any]) -> str:
     """The whole report as one HTML document."""
     _check_schema(results.get("schema"))
+    missing = [key for key in KEYS if key not in results]
+    if missing:
+        raise ComparisonError(
+            f"report: the results have no {', '.join(missing)}: give the command that made them once more."
+        )
     jinja2 = extra("jinja2", "the report")
     page = jinja2.Environment(
         loader=jinja2.PackageLoader("convattn", "reporting"),
