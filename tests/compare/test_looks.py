@@ -35,8 +35,8 @@ def misled(looks: list[int], most: int | None, *, images: float = 0.0) -> float:
     ],
 )
 def test_all_looks_together_spend_the_budget_and_no_more(looks: list[int], most: int | None) -> None:
-    # known to 0.1 points
-    assert 0.04 <= misled(looks, most) <= 0.0525
+    # known to 0.1 points; where nothing is planned, some is kept for seeds that are added because of what was seen
+    assert (0.04 if most is None else 0.0475) <= misled(looks, most) <= 0.0525
 
 
 def test_looking_without_a_budget_misleads() -> None:
@@ -53,15 +53,24 @@ def test_one_look_spends_most_and_keeps_some() -> None:
 
 
 def test_the_last_planned_look_spends_what_is_left() -> None:
-    assert spent([12], 12) == spent([3, 4, 12], 12) == 1
+    assert spent(12, 12) == 1
     assert level_of_look([12], most=12) == pytest.approx(0.05)
     assert level_of_look([6, 12], most=12) < 0.05
 
 
-def test_a_later_look_gets_less_than_the_first_but_more_than_was_left() -> None:
-    levels = [level_of_look([5, 8, 11, 14][:number]) for number in (1, 2, 3, 4)]
-    shares = [0.04, 0.008, 0.0016, 0.00032]
-    assert all(one > other for one, other in pairwise(levels))
+def test_where_nothing_is_planned_the_levels_sum_to_the_budget() -> None:
+    levels = [level_of_look([5, 8, 11, 14, *range(15, 40)][:number]) for number in range(1, 25)]
+    assert levels[:4] == pytest.approx([0.04, 0.008, 0.0016, 0.00032])
+    assert 0.0499999 < sum(levels) <= 0.05
+
+
+def test_where_it_is_planned_a_later_look_gets_more_than_its_share() -> None:
+    """The looks agree so much that what one would find by chance most others find as well."""
+    looks = [3, 6, 9, 12]
+    levels = [level_of_look(looks[:number], most=12) for number in (1, 2, 3, 4)]
+    shares = [
+        0.05 * (spent(seeds, 12) - (spent(before, 12) if before else 0)) for before, seeds in pairwise([0, *looks])
+    ]
     assert levels[0] == pytest.approx(shares[0])
     assert all(level > share for level, share in zip(levels[1:], shares[1:], strict=True))
 
@@ -72,9 +81,9 @@ def test_the_same_look_again_costs_nothing() -> None:
 
 
 def test_it_is_the_same_every_time() -> None:
-    before = level_of_look([4, 7])
-    level_of_look([4, 9])
-    assert level_of_look([4, 7]) == before
+    before = level_of_look([4, 7], most=12)
+    level_of_look([4, 9], most=12)
+    assert level_of_look([4, 7], most=12) == before
 
 
 @pytest.mark.parametrize(("looks", "most"), [([], None), ([1], None), ([5, 4], None), ([3, 13], 12)])

@@ -286,6 +286,32 @@ def test_the_page_can_be_read_without_sight_and_without_a_mouse() -> None:
             assert attributes.get("aria-hidden") == "true" or (attributes["role"] == "img" and attributes["aria-label"])
         if "scroll" in (attributes.get("class") or "").split() or tag == "pre":
             assert attributes["tabindex"] == "0" and attributes["role"] == "region"
+    landmarks = [
+        attributes.get("aria-label") or attributes.get("aria-labelledby")
+        for tag, attributes in page.elements
+        if tag in ("section", "nav") or attributes.get("role") == "region"
+    ]
+    assert None not in landmarks and len(landmarks) == len(set(landmarks))
+    heads = [attributes.get("scope") for tag, attributes in page.elements if tag == "th"]
+    assert heads and set(heads) == {"col", "row"}
+
+
+def luminance(color: str) -> float:
+    """Relative luminance of #rrggbb: WCAG 2.2."""
+    parts = [int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("scheme", [0, 1])
+def test_all_words_have_contrast(scheme: int) -> None:
+    """4.5 to 1 on the page and on the zone of a figure, in light and in dark: WCAG 2.2, 1.4.3."""
+    blocks = re.findall(r":root\s*{([^}]*--page[^}]*)}", render(results(["se"])))
+    assert len(blocks) == 3  # the last one is for print
+    colors = dict(re.findall(r"--(\w[\w-]*): (#[0-9a-f]{6})", blocks[scheme]))
+    for ink, paper in itertools.product(("ink", "muted", "accent", "worth", "not-worth", "unclear"), ("page", "zone")):
+        low, high = sorted(luminance(colors[name]) for name in (ink, paper))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, (ink, paper)
 
 
 def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
