@@ -15,7 +15,7 @@ image and the network, a part of the seed, and a part of both. Four tables, of s
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import date
 from itertools import product
 from pathlib import Path
@@ -25,7 +25,7 @@ import scipy
 from scipy import special
 from scipy import stats as scipy_stats
 
-from convattn.compare.rounds import Looks, is_over
+from convattn.compare.rounds import Looks, over
 from convattn.compare.stats import gain, seeds_to_decide, simultaneous
 from convattn.compare.verdicts import CANNOT_TELL, Verdict, verdict
 
@@ -80,7 +80,7 @@ def _tables(repeats: int, sizes: list[int]) -> Iterator[str]:
         yield _with(mix, accuracy, points, seeds, images, repeats // 2)
     yield f"\n## Several looks ({repeats // 4} comparisons for each row; for each family of five {repeats // 8})\n"
     yield (
-        f"| mix | variants | images | until decided: misses at any look, % | seeds at its end, of {MOST} "
+        f"| mix | variants | images | until decided: misses at any look, % | seeds of a variant, of {MOST} "
         f"| as proposed: misses at any look, % | looks, of {MOST_LOOKS} | every look at 5 %: misses, % |"
     )
     yield "|---|---|---|---|---|---|---|---|"
@@ -149,14 +149,17 @@ def _looked(mix: str, variants: int, images: int, repeats: int) -> str:
     )
 
 
-def _until_decided(runs: list[np.ndarray]) -> Iterator[tuple[int, dict[str, Verdict]]]:
-    """The number of seeds and the verdicts at every look of `--until decided`."""
+def _until_decided(runs: list[np.ndarray]) -> Iterator[tuple[float, dict[str, Verdict]]]:
+    """The mean number of seeds of a variant so far and the verdicts at every look of `--until decided`."""
+    ended: dict[str, int] = {}
     for seeds in range(3, MOST + 1):
         looks = list(range(3, seeds + 1))
-        found = _look(runs, looks, MOST)
-        yield seeds, found
-        if is_over(found, Looks(tuple(looks), MOST), MOST, SMALLEST):
+        found = _look(runs, looks, MOST, ended)
+        yield float(np.mean([ended.get(name, seeds) for name in found])), found
+        over_now = over(found, Looks(tuple(looks), MOST, ended), MOST, SMALLEST)
+        if len(over_now) == len(found):
             return
+        ended = {name: ended.get(name, seeds) for name in over_now}
 
 
 def _as_proposed(runs: list[np.ndarray]) -> Iterator[tuple[int, dict[str, Verdict]]]:
@@ -172,9 +175,11 @@ def _as_proposed(runs: list[np.ndarray]) -> Iterator[tuple[int, dict[str, Verdic
         looks.append(more)
 
 
-def _look(runs: list[np.ndarray], looks: list[int], most: int | None) -> dict[str, Verdict]:
+def _look(
+    runs: list[np.ndarray], looks: list[int], most: int | None, ended: Mapping[str, int] | None = None
+) -> dict[str, Verdict]:
     baseline, *variants = (right[: looks[-1]] for right in runs)
-    named = {str(number): right for number, right in enumerate(variants)}
+    named = {str(number): right[: (ended or {}).get(str(number))] for number, right in enumerate(variants)}
     return verdict(baseline, named, smallest_gain=SMALLEST, looks=looks, most_seeds=most)
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 import convattn.compare
 from convattn import networks, reporting
-from convattn.compare import timing, verdict
+from convattn.compare import rounds, timing, verdict
 from convattn.errors import (
     AttachError,
     ComparisonError,
@@ -429,6 +429,51 @@ def test_until_decided_ends_where_more_seeds_would_hardly_decide(world: World, t
     results = world.run(until="decided", max_seeds=12, epochs=1, variants="se", smallest_gain=100, out=tmp_path)
     assert results["looks"]["seeds"][-1] < 12
     assert results["looks"]["saved_runs"] > 0
+
+
+def test_a_variant_that_is_over_gets_no_more_seeds(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def over(found: dict[str, Any], taken: rounds.Looks, most: int, smallest: float) -> set[str]:
+        # as if the first look decided on one of two, and the third on the other
+        return {"se"} if taken.seeds[-1] < 4 else set(found)
+
+    monkeypatch.setattr(rounds, "over", over)
+    monkeypatch.setattr(timing, "ROUNDS", 3)
+    asked = {"until": "decided", "max_seeds": 5, "epochs": 1, "variants": "se,spatial", "out": tmp_path / "until"}
+    asked |= {"controls": "adapter,noise", "audit_selection": True}
+    results = world.run(**asked)
+    se, spatial = results["variants"]
+    assert (se["seeds"], spatial["seeds"], results["baseline"]["seeds"]) == (2, 4, 4)
+    names = {path.name for path in (tmp_path / "until" / "runs").iterdir()}
+    seeds = {"baseline": 4, "se": 2, "adapter-se": 2, "spatial": 4, "adapter-spatial": 4, "noise": 4}
+    assert {name: sum(one.startswith(f"{name}-seed") for one in names) for name in seeds} == seeds
+    assert results["looks"]["seeds"] == [2, 3, 4]
+    assert results["looks"]["saved_runs"] == 6 * 5 - sum(seeds.values())
+    assert "Before that ended se with 2, since more seeds would hardly" in results["looks"]["sentence"]
+    # its looks ended, the other's went on
+    plain, every = right(tmp_path / "until", "baseline", 4), {"se": 2, "spatial": 4}
+    given = {name: right(tmp_path / "until", name, count) for name, count in every.items()}
+    expected = verdict(plain, given, smallest_gain=0.5, looks=[2, 3, 4], most_seeds=5)
+    for variant in (se, spatial):
+        gain = expected[variant["name"]].gain
+        assert (variant["gain_points"], variant["level"]) == pytest.approx((gain.points, gain.level), abs=1e-6)
+        assert variant["interval95"] == pytest.approx([gain.low, gain.high], abs=1e-6)
+    assert se["level"] < spatial["level"]
+    assert se["gain_points"] == pytest.approx(100 * (given["se"].mean() - plain[:2].mean()), abs=1e-6)
+    adapter = next(one for one in results["controls"] if one["name"] == "adapter:se")
+    assert len(adapter["scores"]) == 2
+    page = (tmp_path / "until" / "report.html").read_text(encoding="utf-8")
+    assert "A variant that ended before others has fewer seeds" in page
+    # the same command goes on where it was, trains nothing and says the same
+    times = stamps(tmp_path / "until")
+    again = world.run(**asked)
+    assert stamps(tmp_path / "until") == times
+    assert {**again, "folder": None} == {**results, "folder": None}
+    # seeds that are asked for are for all
+    more = convattn.compare.run(tmp_path / "until", add_seeds=1, quiet=True)
+    assert {one["seeds"] for one in (more["baseline"], *more["variants"])} == {5}
+    assert more["looks"]["seeds"] == [2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
 """Adding seeds until it is decided, or as many as are proposed, must not mislead more often than one look."""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
 
-from convattn.compare.rounds import Looks, is_over
+from convattn.compare.rounds import Looks, over
 from convattn.compare.stats import seeds_to_decide
 from convattn.compare.verdicts import CANNOT_TELL, Verdict, verdict
 
@@ -29,9 +30,11 @@ def networks(random: np.random.Generator, mix: str, count: int, seeds: int) -> l
     ]
 
 
-def look(runs: list[np.ndarray], looks: list[int], most: int | None) -> dict[str, Verdict]:
+def look(
+    runs: list[np.ndarray], looks: list[int], most: int | None, ended: Mapping[str, int] | None = None
+) -> dict[str, Verdict]:
     baseline, *variants = (right[: looks[-1]] for right in runs)
-    named = {str(number): right for number, right in enumerate(variants)}
+    named = {str(number): right[: (ended or {}).get(str(number))] for number, right in enumerate(variants)}
     return verdict(baseline, named, smallest_gain=SMALLEST, looks=looks, most_seeds=most)
 
 
@@ -39,16 +42,17 @@ def misleads(found: dict[str, Verdict]) -> bool:
     return any(not one.gain.low <= 0 <= one.gain.high for one in found.values())
 
 
-def until_decided(runs: list[np.ndarray]) -> tuple[bool, int]:
-    """Whether any look misled, and the number of seeds at the last one."""
-    wrong, looks = False, []
+def until_decided(runs: list[np.ndarray]) -> tuple[bool, float]:
+    """Whether any look misled, and the mean number of seeds of a variant; what is over gets no more."""
+    wrong, looks, ended = False, [], {}
     for seeds in range(3, MOST + 1):
         looks.append(seeds)
-        found = look(runs, looks, MOST)
+        found = look(runs, looks, MOST, ended)
         wrong |= misleads(found)
-        if is_over(found, Looks(tuple(looks), MOST), MOST, SMALLEST):
+        ended = {name: ended.get(name, seeds) for name in over(found, Looks(tuple(looks), MOST, ended), MOST, SMALLEST)}
+        if len(ended) == len(found):
             break
-    return wrong, looks[-1]
+    return wrong, float(np.mean(list(ended.values())))
 
 
 def as_proposed(runs: list[np.ndarray], most_looks: int = 4) -> tuple[bool, int]:

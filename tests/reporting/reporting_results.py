@@ -77,6 +77,7 @@ def results(
         "leak": None,
         "baseline": {
             "name": "baseline",
+            "seeds": seeds,
             "scores": [98.1 + 0.2 * seed for seed in range(seeds)],
             "mean_score": 98.1 + 0.1 * (seeds - 1),
             "start_accuracy": 10.2,
@@ -118,6 +119,7 @@ def _variant(
         "p_value": 0.0004 if verdict == "worth it" else 0.71 if seeds > 1 else None,
         "verdict": verdict if seeds > 1 else "cannot tell",
         "sentence": f"{name}: {verdict}: {gain:+.2f} points, somewhere from {ends}. About 14 seeds would settle it.",
+        "seeds": seeds,
         "scores": [98.1 + gain + draw.uniform(-0.4, 0.4) for _ in range(seeds)],
         "mean_score": 98.3 + gain,
         "start_accuracy": 10.2,

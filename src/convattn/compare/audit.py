@@ -22,19 +22,18 @@ def audited(results: Mapping[str, Sequence[Mapping[str, Any]]], weights: Sequenc
 
     Args:
         results: of every network, the baseline among them, those of all its runs, with `test_accuracy` at every epoch.
-        weights: for each run of a network how many images it was tested on; they differ where there are folds.
+        weights: for each run of the baseline how many images it was tested on; they differ where there are folds.
 
     Returns:
         Of each network its `name`, `mean_scores` in percent and `gain_points`, both by `validation`, `test` and `last`
         (the gain is None of the baseline), and a `sentence` (None of the baseline).
     """
-    scores = {
-        name: {rule: float(np.average([_score(run, rule) for run in runs], weights=weights)) for rule in RULES}
-        for name, runs in results.items()
-    }
     found = []
-    for name, own in scores.items():
-        gains = None if name == BASELINE else {rule: own[rule] - scores[BASELINE][rule] for rule in RULES}
+    for name, runs in results.items():
+        own = _means(runs, weights)
+        # over the same runs
+        plain = _means(results[BASELINE][: len(runs)], weights)
+        gains = None if name == BASELINE else {rule: own[rule] - plain[rule] for rule in RULES}
         said = None if gains is None else _sentence(name, gains)
         found.append({"name": name, "mean_scores": own, "gain_points": gains, "sentence": said})
     return found
@@ -47,6 +46,13 @@ def summary(found: Sequence[Mapping[str, Any]]) -> str:
         f"With its epoch chosen on test images, a network would score {signed(fmean(rises)).lstrip('+')} points higher "
         f"on average, which no new images would confirm."
     )
+
+
+def _means(runs: Sequence[Mapping[str, Any]], weights: Sequence[int]) -> dict[str, float]:
+    """The mean score of a network by each rule."""
+    return {
+        rule: float(np.average([_score(run, rule) for run in runs], weights=weights[: len(runs)])) for rule in RULES
+    }
 
 
 def _score(run: Mapping[str, Any], rule: str) -> float:

@@ -105,7 +105,8 @@ def _control(
     name: str, right: Mapping[str, np.ndarray], costs: Mapping[str, Any], gain_of: Callable[..., stats.Gain]
 ) -> dict[str, Any]:
     kind, variant = parts(name)
-    gain, own = gain_of(right[BASELINE], right[name]), gain_of(right[BASELINE], right[variant])
+    baseline = right[BASELINE][: len(right[variant])]
+    gain, own = gain_of(baseline, right[name]), gain_of(baseline, right[variant])
     excess = gain_of(right[name], right[variant])
     thing = _thing(str(kind), name, variant, costs)
     return {

@@ -153,7 +153,8 @@ def _variant(name: str, found: verdicts.Verdict, given: Predictions) -> dict[str
 
 def _network(name: str, right: np.ndarray) -> dict[str, Any]:
     scores = [float(score) for score in 100 * right.mean(axis=1)]
-    known = {"name": name, "title": verdicts.title(name), "scores": scores, "mean_score": fmean(scores)}
+    known = {"name": name, "title": verdicts.title(name), "seeds": len(scores), "scores": scores}
+    known["mean_score"] = fmean(scores)
     return {**known, **dict.fromkeys(UNKNOWN)}
 
 

@@ -329,25 +329,31 @@ def _tuned(
 def _rounds(
     options: Options, images: Images, folder: Path, display: Display, threads: int, like: torch.nn.Module | None
 ) -> rounds.Looks:
-    """Train all runs, and go on seed by seed until everything is decided where that was asked for; the looks taken."""
+    """Train all runs, and go on seed by seed until everything is decided where that was asked for; the looks taken.
+
+    A variant that is decided gets no more seeds, and neither do its controls.
+    """
     taken = rounds.looks(folder, options.max_seeds)
+    ended = dict(taken.ended) if options.until else {}
     groups = tested_groups(images, options.folds)
     seeds = max(options.seeds, *taken.seeds, 1) if options.until else options.seeds
     while True:
-        now = replace(options, seeds=seeds)
+        now = replace(options, seeds=seeds, ended=ended)
         specs = _specs(now, threads, like)
         already = sum(finished(folder / RUNS / spec.name) is not None for spec in specs)
         with display.watch(len(specs), already):
             run_all(specs, images, folder, options.jobs, display.update)
-        taken = rounds.record(folder, taken, seeds)
+        taken = rounds.record(folder, taken, seeds, ended)
         if options.max_seeds is None:
             return taken
         right = rights(folder, (BASELINE, *options.variants), now, images)
         found = judged(right, options.smallest_gain, taken, groups, folds=options.folds)
-        words = ", ".join(f"{name} {one.word} ({signed(one.gain.points)})" for name, one in found.items())
-        display.say(f"Look {len(taken.seeds)}, with {seeds} seeds: {words}")
-        if rounds.is_over(found, taken, options.max_seeds, options.smallest_gain):
+        words = [f"{name} {one.word} ({signed(one.gain.points)})" for name, one in found.items() if name not in ended]
+        display.say(f"Look {len(taken.seeds)}, with {seeds} seeds: {', '.join(words)}")
+        over = rounds.over(found, taken, options.max_seeds, options.smallest_gain)
+        if len(over) == len(found):
             return taken
+        ended = {name: ended.get(name, seeds) for name in over}
         seeds += 1
 
 
@@ -385,6 +391,7 @@ def _specs(options: Options, threads: int, like: torch.nn.Module | None) -> list
         _spec(options, name, seed, threads, fold=fold, like=like)
         for seed, fold in options.parts
         for name in options.names
+        if seed < options.seeds_of(name)
     ]
 
 

@@ -3,7 +3,7 @@
 Whoever looks, adds seeds and looks again has several chances to be misled. The level is therefore a budget.
 
 Where the most seeds are planned, it is spent as Lan and DeMets have it (Biometrika 70, 1983): by s of m seeds up to the
-share (s / m) ** 1.5 (Kim and DeMets, Biometrika 74, 1987), and a look's interval is as wide as keeps the probability
+share (s / m) ** 3 (Kim and DeMets, Biometrika 74, 1987), and a look's interval is as wide as keeps the probability
 that any interval so far misses the truth within that share.
 
 Where nothing is planned, how many seeds are added depends on what was seen, for which such widths do not allow: where
@@ -22,7 +22,7 @@ from scipy import special
 
 from convattn.errors import InvalidOption
 
-POWER = 1.5
+POWER = 3
 FIRST = 0.8
 PATHS = 200_000
 # fewer paths than this tell no level: then it is the rate itself, which is on the safe side

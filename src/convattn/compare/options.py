@@ -23,7 +23,7 @@ from convattn.networks import IMAGENET_MEAN, IMAGENET_STD
 from convattn.nn.base import STARTS
 from convattn.train import Recipe, functions
 from convattn.train.checkpoint import BASELINE, build
-from convattn.train.controls import NOISE, WIDER
+from convattn.train.controls import NOISE, WIDER, parts
 
 DEFAULT_VARIANTS = ("se", "cbam", "dual", "cbam+dual")
 # for batches of 128; half of the customary 0.1 (He et al., 2016, section 4.2), at which heads without a norm diverged
@@ -31,7 +31,7 @@ RATE, FINE_TUNING_RATE, RATE_BATCH = 0.05, 0.01, 128
 WEIGHT_DECAY = 5e-4
 EPOCHS, FINE_TUNING_EPOCHS = 30, 10
 # these change how many runs there are, where they run or how they are judged, not what any run is
-NOT_HASHED = ("seeds", "jobs", "smallest_gain", "until", "max_seeds", "rates")
+NOT_HASHED = ("seeds", "jobs", "smallest_gain", "until", "max_seeds", "rates", "ended")
 SEEDS, FIRST_SEEDS, MAX_SEEDS = 5, 3, 12
 SMALLEST_GAIN = 0.5
 # it becomes the name of a folder
@@ -66,6 +66,8 @@ class Options:
     audit_selection: bool = False
     # by the name of a network the learning rate that it chose, once that is known
     rates: Mapping[str, float] = field(default_factory=dict)
+    # by the name of a variant the number of its seeds, where it was decided before the others
+    ended: Mapping[str, int] = field(default_factory=dict)
     # functions of the user: what builds a network, by its name, and what trains it
     builds: Mapping[str, functions.Build] = field(default_factory=dict)
     train: functions.Train | None = None
@@ -88,7 +90,15 @@ class Options:
     @property
     def parts(self) -> Iterator[tuple[int, int | None]]:
         """Every seed, with every fold if there are any."""
-        return itertools.product(range(self.seeds), [None] if self.folds is None else range(self.folds))
+        return self.parts_of(BASELINE)
+
+    def parts_of(self, name: str) -> Iterator[tuple[int, int | None]]:
+        """Every seed that a network is trained with, with every fold if there are any."""
+        return itertools.product(range(self.seeds_of(name)), [None] if self.folds is None else range(self.folds))
+
+    def seeds_of(self, name: str) -> int:
+        """The number of seeds of a network; a control has as many as its variant."""
+        return self.ended.get(parts(name)[1], self.seeds)
 
     def hashed(self) -> dict[str, Any]:
         """What the runs depend on, with paths made absolute and functions by their names."""

@@ -34,7 +34,7 @@ def assemble(
     looks: Looks,
 ) -> dict[str, Any]:
     """The results of a comparison whose runs are all done, at the last of the looks."""
-    options, asked = replace(options, seeds=looks.seeds[-1]), options
+    options, asked = replace(options, seeds=looks.seeds[-1], ended=looks.ended), options
     results = {name: [finished(run) or {} for run in runs_of(folder, name, options)] for name in options.names}
     right = rights(folder, options.names, options, images)
     parts = overview(images, options.folds)
@@ -52,15 +52,16 @@ def assemble(
     for name, verdict in found.items():
         caution, moved = controls.caution(name, controlled), _hardly_moved(name, results[name], options)
         timed = said[name] + verdicts.times(costs[name]["latency"])
-        sentence = verdicts.sentence(name, verdict.gain, options.seeds, options.smallest_gain, timed)
+        seeds = options.seeds_of(name)
+        sentence = verdicts.sentence(name, verdict.gain, seeds, options.smallest_gain, timed)
         variants.append(
             {
                 **_common(name, results, right, starts, costs),
                 **told(verdict, caution, moved),
                 # with what it was made of, apart from what the same command gives again to the bit
                 "latency": {**costs[name]["latency"], "sentence": _joined(caution, sentence, moved)},
-                **per_class(right[BASELINE], right[name], labels, len(images.classes), within),
-                "other_scores": scores.rows(scored[BASELINE], scored[name], labels, **within),
+                **per_class(right[BASELINE][:seeds], right[name], labels, len(images.classes), within),
+                "other_scores": scores.rows(scores.first(scored[BASELINE], seeds), scored[name], labels, **within),
                 "gates": _gates([result["gates"] for result in results[name]]),
                 "hardly_moved": moved,
             }
@@ -122,7 +123,7 @@ def probabilities(folder: Path, name: str, options: Options, images: Images) -> 
 
 def runs_of(folder: Path, name: str, options: Options) -> list[Path]:
     """The folders of the runs of a network, seed after seed and in each fold after fold."""
-    return [folder / RUNS / run_name(name, controls.seed_of(name, seed), fold) for seed, fold in options.parts]
+    return [folder / RUNS / run_name(name, controls.seed_of(name, seed), fold) for seed, fold in options.parts_of(name)]
 
 
 def tested_groups(images: Images, folds: int | None) -> np.ndarray | None:
@@ -154,11 +155,16 @@ def judged(
 
 
 def _looks(looks: Looks, options: Options) -> dict[str, Any]:
-    saved = 0 if looks.most is None else (looks.most - looks.seeds[-1]) * len(options.names)
+    most = 0 if looks.most is None else looks.most
+    saved = sum(max(0, most - options.seeds_of(name)) for name in options.names) * (options.folds or 1)
     number = len(looks.seeds)
     said = f"This is look {number} at this comparison, with {looks.seeds[-1]} seeds."
     if looks.most is not None:
-        said += f" It was planned to end at {looks.most} seeds at the latest, which saved {saved} runs."
+        said += f" It was planned to end at {looks.most} seeds at the latest; ending early saved {saved} runs."
+        early = [f"{name} with {seeds}" for name, seeds in looks.ended.items()]
+        said += (
+            f" Before that ended {', '.join(early)}, since more seeds would hardly change a verdict." if early else ""
+        )
     elif number > 1:
         said += f" It was looked at with {', '.join(map(str, looks.seeds[:-1]))} before, which its intervals allow for."
     return {"seeds": list(looks.seeds), "most_seeds": looks.most, "saved_runs": saved, "sentence": said}
@@ -218,6 +224,7 @@ def _common(
     return {
         "name": name,
         "title": verdicts.title(name),
+        "seeds": len(scores),
         "scores": scores,
         "mean_score": fmean(scores),
         "start_accuracy": starts[name],

@@ -5,7 +5,7 @@ Every look at a comparison spends from one budget, see `looks`; so they are kept
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from convattn.compare.looks import level_of_look
@@ -22,10 +22,14 @@ UNTIL = ("decided",)
 
 @dataclass(frozen=True)
 class Looks:
-    """The numbers of seeds at all looks at a comparison, and that at which it was planned to end, if it was planned."""
+    """The numbers of seeds at all looks at a comparison, and that at which it was planned to end, if it was planned.
+
+    `ended` has the number of seeds of each variant that was over at an earlier look than the last one.
+    """
 
     seeds: tuple[int, ...] = ()
     most: int | None = None
+    ended: Mapping[str, int] = field(default_factory=dict)
 
 
 def looks(folder: Path, most: int | None) -> Looks:
@@ -34,15 +38,15 @@ def looks(folder: Path, most: int | None) -> Looks:
     if not path.exists():
         return Looks((), most)
     content = json.loads(path.read_text(encoding="utf-8"))
-    return Looks(tuple(content["seeds"]), content["most"])
+    return Looks(tuple(content["seeds"]), content["most"], content.get("ended", {}))
 
 
-def record(folder: Path, before: Looks, seeds: int) -> Looks:
-    """Keep that the comparison was looked at with a number of seeds."""
-    if seeds in before.seeds:
-        return before
-    found = Looks((*before.seeds, seeds), before.most)
-    write(folder / LOOKS, json.dumps(asdict(found)))
+def record(folder: Path, before: Looks, seeds: int, ended: Mapping[str, int]) -> Looks:
+    """Keep that the comparison was looked at with a number of seeds, and which variants had ended before."""
+    taken = before.seeds if seeds in before.seeds else (*before.seeds, seeds)
+    found = Looks(taken, before.most, dict(ended))
+    if found != before:
+        write(folder / LOOKS, json.dumps(asdict(found)))
     return found
 
 
@@ -67,12 +71,16 @@ def check(folder: Path, seeds: int, most: int | None) -> None:
         )
 
 
-def is_over(found: Mapping[str, Verdict], taken: Looks, most: int, smallest: float) -> bool:
-    """Whether every variant is decided, or hopeless: more seeds will hardly decide it."""
-    seeds = taken.seeds[-1]
-    return seeds >= most or all(
-        one.word != CANNOT_TELL or chance(one, taken, most, smallest, len(found)) < HOPELESS for one in found.values()
-    )
+def over(found: Mapping[str, Verdict], taken: Looks, most: int, smallest: float) -> set[str]:
+    """The variants that are decided, or hopeless: more seeds will hardly decide them."""
+    return {
+        name
+        for name, one in found.items()
+        if name in taken.ended
+        or one.word != CANNOT_TELL
+        or taken.seeds[-1] >= most
+        or chance(one, taken, most, smallest, len(found)) < HOPELESS
+    }
 
 
 def chance(found: Verdict, taken: Looks, most: int, smallest: float, variants: int) -> float:

@@ -76,6 +76,11 @@ def over_seeds(seeds: Iterable[np.ndarray], labels: np.ndarray) -> dict[str, np.
     return {name: np.stack([one[name] for one in found]) for name in found[0]}
 
 
+def first(values: Mapping[str, np.ndarray], seeds: int) -> dict[str, np.ndarray]:
+    """The same of the first seeds."""
+    return {name: one[:seeds] for name, one in values.items()}
+
+
 def gains(
     baseline: Mapping[str, np.ndarray],
     variant: Mapping[str, np.ndarray],

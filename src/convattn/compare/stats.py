@@ -221,7 +221,11 @@ def gain_of(
 
 
 def simultaneous(
-    gains: Mapping[str, Gain], *, confidence: float = 0.95, share: float = 1.0, limit: float = 100.0
+    gains: Mapping[str, Gain],
+    *,
+    confidence: float = 0.95,
+    shares: Mapping[str, float] | None = None,
+    limit: float = 100.0,
 ) -> dict[str, Gain]:
     """The gains of a family of variants, with intervals that all hold at once, and p-values to match.
 
@@ -231,7 +235,7 @@ def simultaneous(
     Args:
         gains: by name, from `gain`.
         confidence: with which all intervals hold.
-        share: of the level of each variant that this look may spend, see `looks`.
+        shares: what share of the level of each variant this look may spend, by its name, see `looks`; by default all.
         limit: no gain is beyond it.
     """
     count = len(gains)
@@ -241,6 +245,7 @@ def simultaneous(
         if one.spread is None:
             adjusted[name] = one
             continue
+        share = (shares or {}).get(name, 1.0)
         alone = min(1.0, one.spread.p_value(one.points) / share)
         p_value = -math.expm1(count * math.log1p(-alone)) if alone < 1 else 1.0
         adjusted[name] = _at(one, level * share, p_value, limit)

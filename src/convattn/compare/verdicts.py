@@ -47,7 +47,7 @@ def verdict(
 
     Args:
         baseline: boolean (seeds, images), True where the prediction is right.
-        variants: the same for each variant, by name.
+        variants: the same for each variant, by name. One that was decided at an earlier look has the first seeds only.
         smallest_gain: the smallest gain in percentage points that is worth it.
         groups: for each image its group, see `stats.gain`.
         confidence: with which all intervals hold.
@@ -66,15 +66,17 @@ def verdict(
         >>> verdict(right, {"cbam": right | (rng.random((5, 2000)) < 0.2)})["cbam"].word
         'worth it'
     """
-    alone = {
-        name: gain(baseline, right, groups=groups, confidence=confidence, folds=folds)
-        for name, right in variants.items()
-    }
-    level = 1 - confidence ** (1 / max(1, len(alone)))
-    share = 1.0 if looks is None else level_of_look(looks, level=level, most=most_seeds) / level
+    level = 1 - confidence ** (1 / max(1, len(variants)))
+    alone, shares = {}, {}
+    for name, right in variants.items():
+        seeds = len(right) if looks is not None and len(right) in looks else len(baseline)
+        alone[name] = gain(baseline[:seeds], right, groups=groups, confidence=confidence, folds=folds)
+        if looks is not None:
+            own = [look for look in looks if look <= seeds]
+            shares[name] = level_of_look(own, level=level, most=most_seeds) / level
     found = {}
-    for name, one in simultaneous(alone, confidence=confidence, share=share).items():
-        said = sentence(name, one, len(baseline), smallest_gain, (costs or {}).get(name, ""))
+    for name, one in simultaneous(alone, confidence=confidence, shares=shares).items():
+        said = sentence(name, one, len(variants[name]), smallest_gain, (costs or {}).get(name, ""))
         found[name] = Verdict(word(one, smallest_gain), one, said)
     return found
 
