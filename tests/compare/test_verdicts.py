@@ -208,3 +208,16 @@ def test_every_variant_is_named_once_or_none_is() -> None:
 )
 def test_signed(points: float, expected: str) -> None:
     assert signed(points) == expected
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (-1.0, 0.47, "is not worth it: a gain of −0.27 points (95 % interval −1.00 to +0.47) stays below 0.5"),
+        (0.54, 1.0, "is worth it: it gains +0.8 points (95 % interval +0.5 to +1.0)"),
+        (0.46, 1.0, "helps, by 0.46 to 1.00 points (95 % interval around +0.73)"),
+        (0.46, 0.49, "It helps, by 0.46 to 0.49 points, which is less."),
+    ],
+)
+def test_an_end_just_short_of_the_smallest_gain_is_not_rounded_to_it(low: float, high: float, words: str) -> None:
+    assert words in sentence("se", found(low, high), 5, 0.5, "")

@@ -111,25 +111,33 @@ def sentence(variant: str, found: Gain, seeds: int, smallest: float, cost: str) 
 def _said(name: str, found: Gain, seeds: int, smallest: float, cost: str) -> str:
     """The word and the gain with its interval, and what would settle an open question."""
     low, high = found.low or 0.0, found.high or 0.0
-    interval = f"{signed(found.points)} points (95 % interval {signed(low)} to {signed(high)})"
+    digits = _digits(low, high, smallest)
+    ends = f"{signed(low, digits)} to {signed(high, digits)}"
+    interval = f"{signed(found.points, digits)} points (95 % interval {ends})"
     found_word = word(found, smallest)
     if found_word == WORTH:
         return f"{name} is worth it: it gains {interval}{cost}."
     if found_word == NOT_WORTH:
-        effect = "makes the network worse" if high < 0 else f"helps, by {_range(low, high)}" if low > 0 else ""
+        effect = "makes the network worse" if high < 0 else f"helps, by {_range(low, high, digits)}" if low > 0 else ""
         more = f" It {effect}{'' if high < 0 else ', which is less'}." if effect else ""
         return f"{name} is not worth it: a gain of {interval} stays below {smallest:g}{cost}.{more}"
     settle = _settles(found, seeds, smallest)
     if low > 0:
         return (
-            f"{name} helps, by {_range(low, high)} (95 % interval around {signed(found.points)}){cost}; whether by "
-            f"{smallest:g} cannot be told yet: that takes {settle}."
+            f"{name} helps, by {_range(low, high, digits)} (95 % interval around {signed(found.points, digits)}){cost}; "
+            f"whether by {smallest:g} cannot be told yet: that takes {settle}."
         )
     return f"{name}: cannot tell. The gain is {interval}{cost}; to settle it takes {settle}."
 
 
-def _range(low: float, high: float) -> str:
-    return f"{signed(low).lstrip('+')} to {signed(high).lstrip('+')} points"
+def _digits(low: float, high: float, smallest: float) -> int:
+    """As many decimals as tell an end of the interval from the smallest gain that matters: 0.47 is not 0.5."""
+    apart = all((round(end, 1) < smallest) == (end < smallest) for end in (low, high))
+    return 1 if apart else 2
+
+
+def _range(low: float, high: float, digits: int) -> str:
+    return f"{signed(low, digits).lstrip('+')} to {signed(high, digits).lstrip('+')} points"
 
 
 def _settles(found: Gain, seeds: int, smallest: float) -> str:
@@ -178,9 +186,9 @@ def headline(verdicts: Sequence[tuple[str, str]], smallest: float) -> str:
     return said
 
 
-def signed(points: float) -> str:
-    """Points with a sign and one decimal: +0.4, −1.2, 0.0; two decimals below a tenth."""
-    rounded = round(points, 1) if abs(points) >= 0.1 else round(points, 2)
-    digits = 1 if abs(points) >= 0.1 or rounded == 0 else 2
+def signed(points: float, digits: int = 1) -> str:
+    """Points with a sign and one decimal: +0.4, −1.2, 0.0; two decimals below a tenth, or where asked for."""
+    rounded = round(points, digits) if abs(points) >= 0.1 else round(points, 2)
+    digits = digits if abs(points) >= 0.1 or rounded == 0 else 2
     text = f"{abs(rounded):.{digits}f}"
     return text if rounded == 0 else f"{'+' if rounded > 0 else '−'}{text}"
