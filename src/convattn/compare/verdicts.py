@@ -124,8 +124,8 @@ def _said(name: str, found: Gain, seeds: int, smallest: float, cost: str) -> str
     settle = _settles(found, seeds, smallest)
     if low > 0:
         return (
-            f"{name} helps, by {_range(low, high, digits)} (95 % interval around {signed(found.points, digits)}){cost}; "
-            f"whether by {smallest:g} cannot be told yet: that takes {settle}."
+            f"{name} helps, by {_range(low, high, digits)} (95 % interval around "
+            f"{signed(found.points, digits)}){cost}; whether by {smallest:g} cannot be told yet: that takes {settle}."
         )
     return f"{name}: cannot tell. The gain is {interval}{cost}; to settle it takes {settle}."
 
