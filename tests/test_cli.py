@@ -399,6 +399,8 @@ def interrupted(world: Path, when: Callable[[], object], *, jobs: int) -> tuple[
     """Start a long comparison and press Ctrl-C, which reaches all of its processes, at a certain point."""
     words = f"{GOOD} --epochs 80 --jobs {jobs}".split()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # what runs in the background of a shell ignores interrupts, and so would its children
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, "-m", "convattn", *words],
         stdout=subprocess.PIPE,
@@ -407,6 +409,7 @@ def interrupted(world: Path, when: Callable[[], object], *, jobs: int) -> tuple[
         env=environment,
         start_new_session=True,
     )
+    signal.signal(signal.SIGINT, before)
     try:
         wait_for(when, process)
         os.killpg(process.pid, signal.SIGINT)
