@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-all check bench sweep
+.PHONY: demo test test-all check bench sweep wheel
 
 demo: $(INSTALLED)
 	$(BIN)/convattn compare digits --variants se,cbam,dual --epochs 8 --jobs 2 --out demo
@@ -26,7 +26,10 @@ bench: $(INSTALLED)
 sweep: $(INSTALLED)
 	$(BIN)/python benchmarks/sweep.py --markdown benchmarks/results/sweep.md
 
-$(INSTALLED): pyproject.toml constraints.txt
+wheel: $(INSTALLED)
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+$(INSTALLED): pyproject.toml constraints.txt setup.py src/convattn/ops/cpu/kernels.cpp src/convattn/ops/cpu/body.h
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all,dev]"
 	touch $@

@@ -37,7 +37,7 @@ def test_parameters_of_an_attached_network() -> None:
         (nn.Conv2d(4, 4, 3, groups=4, padding=1, bias=False), (1, 4, 5, 5), 4 * 5 * 5 * 9),
         (nn.Conv1d(4, 6, 3, padding=1), (1, 4, 9), 6 * 9 * 4 * 3),
         (SqueezeExcite(32, reduction=4), (2, 32, 5, 5), 2 * 2 * 32 * 8),
-        (CBAM(32), (1, 32, 5, 5), 2 * 2 * 32 * 2 + 2 * 49 * 25),
+        (CBAM(32), (1, 32, 5, 5), 3 * 32 * 2 + 2 * 49 * 25),
         (nn.ReLU(), (1, 4, 5, 5), 0),
     ],
     ids=str,

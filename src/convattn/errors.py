@@ -57,5 +57,9 @@ class RunFailed(ConvattnError, RuntimeError):
     """A training run that broke."""
 
 
+class BackendUnavailable(ConvattnError, RuntimeError):
+    """A backend that was asked for, and that does not serve what it was given."""
+
+
 class MissingExtra(ConvattnError, ImportError):
     """An optional dependency that is not installed."""

@@ -1681,11 +1681,9 @@ def test_multiply_adds_by_hand() -> None:
     shapes = [(6, 64), (6, 64), (8, 16), (8, 16), (10, 4)]
     found = plan(Residual(), "se", example=x, reduction=2)
     assert [site.multiply_adds for site in found] == [2 * c * (c // 2) for c, _ in shapes]
-    # the mean and the maximum through the same two layers; a 7 x 7 window over two maps
+    # the mean and the maximum through the first layer, their sum through the second; a 7 x 7 window over two maps
     found = plan(Residual(), "cbam", example=x, reduction=2)
-    assert [site.multiply_adds for site in found] == [
-        2 * 2 * c * (c // 2) + 2 * 49 * positions for c, positions in shapes
-    ]
+    assert [site.multiply_adds for site in found] == [3 * c * (c // 2) + 2 * 49 * positions for c, positions in shapes]
     (head,) = plan(Residual(), "dual", example=x)
     assert head.multiply_adds == 20 * 10 and head.parameters == 20 * 10 + 10 + 1
 

@@ -52,6 +52,12 @@ Examples:
   convattn report judged
 """
 
+DOCTOR_EXAMPLES = """\b
+Examples:
+  convattn doctor
+  CONVATTN_BACKEND=reference convattn doctor
+"""
+
 SHOW_EXAMPLES = """\b
 Examples:
   convattn show convattn-digits-1a2b3c4d/runs/cbam-seed0/weights.safetensors cat.jpg dog.jpg --out shown
@@ -218,6 +224,15 @@ def report(
     from convattn import reporting
 
     sys.stdout.write(f"The report: {reporting.redraw(folder)}\n")
+
+
+@app.command(epilog=DOCTOR_EXAMPLES)
+def doctor() -> None:
+    """Tell which backend computes attention on this machine, why not another, and which settings matter."""
+    from convattn.ops.doctor import status
+    from convattn.tables import aligned
+
+    sys.stdout.write("\n".join(aligned([[name, said] for name, said in status()], "<<")) + "\n")
 
 
 @app.command(epilog=SITES_EXAMPLES)

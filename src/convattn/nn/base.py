@@ -57,6 +57,12 @@ class Gate(OnMaps):
         checks.choice(type(self).__name__, "start", start, STARTS)
         self.register_parameter("strength", nn.Parameter(torch.zeros(1)) if start == "identity" else None)
 
+    def __init_subclass__(cls, **options: object) -> None:
+        super().__init_subclass__(**options)
+        # whoever has another gate and no forward of its own means that gate, and not what was fused for the one before
+        if "gate" in vars(cls) and "forward" not in vars(cls):
+            cls.forward = Gate.forward  # type: ignore[method-assign]
+
     def gate(self, x: torch.Tensor) -> torch.Tensor:
         """The gate alone, broadcastable to `x`."""
         raise NotImplementedError

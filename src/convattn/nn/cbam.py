@@ -85,11 +85,27 @@ class ChannelAttention(Gate):
     def gate(self, x: torch.Tensor) -> torch.Tensor:
         """The channel gate (B, C, 1, ...)."""
         self.check(x)
-        logits = torch.stack([self._mlp(ops.squeeze(x, pool)) for pool in self.pools]).sum(0)
-        return ops.broadcast(torch.sigmoid(logits), self.dimensions)
+        return ops.broadcast(self.of_pools([ops.squeeze(x, pool) for pool in self.pools]), self.dimensions)
 
-    def _mlp(self, pooled: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.activation(self.fc1(pooled)))  # type: ignore[no-any-return]
+    def of_pools(self, pooled: list[torch.Tensor]) -> torch.Tensor:
+        """The gate (B, C) from poolings of the map, each (B, C)."""
+        hidden = self.activation(self.fc1(torch.stack(pooled)))  # [pools, B, hidden]
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]  # noqa: SIM102
+            if type(self.fc2) is nn.Linear:
+                # the sum of what a linear layer makes of two is what it makes of their sum, but for the bias
+                logits = self.fc2(hidden.sum(0))
+                bias = self.fc2.bias
+                return torch.sigmoid(logits if bias is None else logits + (len(pooled) - 1) * bias)
+        return torch.sigmoid(self.fc2(hidden).sum(0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The gated map, of the shape, dtype and memory format of `x`."""
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            self.check(x)
+            return ops.gated(
+                x, channel=self.of_pools, pools=self.pools, strength=self.strength, dimensions=self.dimensions
+            )
+        return ops.apply_gate(x, self.gate(x), self.strength)
 
 
 @register("spatial", "gate", takes_channels=False)
@@ -154,18 +170,36 @@ class SpatialAttention(Gate):
     def gate(self, x: torch.Tensor) -> torch.Tensor:
         """The spatial gate (B, 1, *spatial)."""
         self.check(x)
-        summary = ops.spatial_summary(x)  # [B, 2, *spatial]
-        if self.norm is None:
-            return torch.sigmoid(self.conv(summary))
+        self.check_positions(x)
+        return self.of_summary(ops.spatial_summary(x))
+
+    def check_positions(self, x: torch.Tensor) -> None:
+        """Raise `ShapeMismatch` where batch norm would be trained on a single position, which has no variance."""
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             # a symbolic trace knows no shapes
-            known = not isinstance(summary, torch.fx.Proxy)
-            if known and self.norm.training and summary.numel() == 2:
+            if self.norm is None or not self.norm.training or isinstance(x, torch.fx.Proxy):
+                return
+            if x.shape[0] == 1 and all(size == 1 for size in x.shape[2:]):
                 raise ShapeMismatch(
                     f"SpatialAttention: batch norm needs more than one position to train on, got a map of shape "
                     f"{tuple(x.shape)}; use a larger batch or map, norm=None, or eval()."
                 )
-        return torch.sigmoid(self.norm(self.conv(summary)))
+
+    def of_summary(self, summary: torch.Tensor) -> torch.Tensor:
+        """The gate (B, 1, *spatial) from mean and maximum of the map over its channels, (B, 2, *spatial)."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]  # noqa: SIM108
+            logits = self.conv(summary)
+        else:
+            logits = ops.convolved(summary, self.conv)
+        return torch.sigmoid(logits if self.norm is None else self.norm(logits))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The gated map, of the shape, dtype and memory format of `x`."""
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            self.check(x)
+            self.check_positions(x)
+            return ops.gated(x, spatial=self.of_summary, strength=self.strength, dimensions=self.dimensions)
+        return ops.apply_gate(x, self.gate(x), self.strength)
 
 
 @register("cbam", "gate")
@@ -269,8 +303,31 @@ class CBAM(Gate):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The gated map, of the shape, dtype and memory format of `x`."""
         self.check(x)
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]  # noqa: SIM102
+            # whoever put another module there has its gate used
+            if type(self.channel) is ChannelAttention and type(self.spatial) is SpatialAttention:
+                return self._fused(x)
         if self.order == "spatial-channel":
             y = ops.apply_gate(x, self.spatial.gate(x), self.strength)
             return ops.apply_gate(y, self.channel.gate(y), self.strength)
         y = ops.apply_gate(x, self.channel.gate(x), self.strength)
         return ops.apply_gate(y, self.spatial.gate(x if self.order == "parallel" else y), self.strength)
+
+    @torch.jit.unused
+    def _fused(self, x: torch.Tensor) -> torch.Tensor:
+        channel, spatial, strength = self.channel, self.spatial, self.strength
+        spatial.check_positions(x)
+        if self.order == "spatial-channel":
+            y = ops.gated(x, spatial=spatial.of_summary, strength=strength, dimensions=self.dimensions)
+            return ops.gated(
+                y, channel=channel.of_pools, pools=channel.pools, strength=strength, dimensions=self.dimensions
+            )
+        return ops.gated(
+            x,
+            channel=channel.of_pools,
+            spatial=spatial.of_summary,
+            pools=channel.pools,
+            strength=strength,
+            parallel=self.order == "parallel",
+            dimensions=self.dimensions,
+        )

@@ -71,5 +71,16 @@ class SqueezeExcite(Gate):
     def gate(self, x: torch.Tensor) -> torch.Tensor:
         """The channel gate (B, C, 1, ...)."""
         self.check(x)
-        hidden = self.activation(self.fc1(ops.squeeze(x, "mean")))
-        return ops.broadcast(self.gate_activation(self.fc2(hidden)), self.dimensions)
+        return ops.broadcast(self._excite([ops.squeeze(x, "mean")]), self.dimensions)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The gated map, of the shape, dtype and memory format of `x`."""
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            self.check(x)
+            return ops.gated(
+                x, channel=self._excite, pools=("mean",), strength=self.strength, dimensions=self.dimensions
+            )
+        return ops.apply_gate(x, self.gate(x), self.strength)
+
+    def _excite(self, pooled: list[torch.Tensor]) -> torch.Tensor:
+        return self.gate_activation(self.fc2(self.activation(self.fc1(pooled[0]))))  # type: ignore[no-any-return]

@@ -1,11 +1,27 @@
-"""The arithmetic of attention as functions of tensors. `reference` is the truth that every other backend must meet."""
+"""The arithmetic of attention as functions of tensors.
+
+`reference` is the truth that every other backend must meet; `backends` chooses, and `use` asks for one.
+"""
 
 import torch.fx
 
+from convattn.ops.backends import choice, convolved, gated, use
 from convattn.ops.reference import POOLS, apply_gate, blend, broadcast, mean_max, spatial_summary, squeeze
 
 # the number of dimensions is unknown to a symbolic trace
 torch.fx.wrap("squeeze")
 torch.fx.wrap("mean_max")
 
-__all__ = ["POOLS", "apply_gate", "blend", "broadcast", "mean_max", "spatial_summary", "squeeze"]
+__all__ = [
+    "POOLS",
+    "apply_gate",
+    "blend",
+    "broadcast",
+    "choice",
+    "convolved",
+    "gated",
+    "mean_max",
+    "spatial_summary",
+    "squeeze",
+    "use",
+]

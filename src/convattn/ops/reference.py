@@ -4,9 +4,15 @@ Global pooling is `mean` and `amax`: deterministic on every device, exportable, 
 pooling gave under mixed precision with channels_last. `amax` shares the gradient between equal maxima.
 """
 
+from collections.abc import Callable
+
 import torch
+import torch.fx
 
 from convattn.errors import InvalidOption
+
+# the number of dimensions is unknown to a symbolic trace
+torch.fx.wrap("squeeze")
 
 POOLS = ("mean", "max", "l2", "logsumexp")
 
@@ -58,3 +64,34 @@ def blend(gate: torch.Tensor, strength: torch.Tensor | None) -> torch.Tensor:
 def apply_gate(x: torch.Tensor, gate: torch.Tensor, strength: torch.Tensor | None = None) -> torch.Tensor:
     """Multiply a map with a (blended) gate, in the dtype of the map."""
     return x * blend(gate, strength).to(x.dtype)
+
+
+def gated(
+    x: torch.Tensor,
+    pools: tuple[str, ...],
+    channel: Callable[[list[torch.Tensor]], torch.Tensor] | None,
+    spatial: Callable[[torch.Tensor], torch.Tensor] | None,
+    strength: torch.Tensor | None,
+    parallel: bool,
+    dimensions: int,
+) -> torch.Tensor:
+    """A map times a channel gate, times a spatial gate, either of which may be absent.
+
+    y = x * c, c = channel(pools of x);  z = y * s, s = spatial(summary of y)
+
+    Args:
+        x: the map (B, C, *spatial).
+        pools: what the channel gate is computed from, see `squeeze`.
+        channel: from the list of poolings, each (B, C), to the gate (B, C).
+        spatial: from the summary (B, 2, *spatial), see `spatial_summary`, to the gate (B, 1, *spatial).
+        strength: see `blend`.
+        parallel: the spatial gate is computed from x instead of y.
+        dimensions: spatial dimensions of the map.
+    """
+    y = x
+    if channel is not None:
+        gate = channel([squeeze(x, pool) for pool in pools])
+        y = apply_gate(x, broadcast(gate, dimensions), strength)
+    if spatial is None:
+        return y
+    return apply_gate(y, spatial(spatial_summary(x if parallel else y)), strength)

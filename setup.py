@@ -1,0 +1,24 @@
+"""The part of the build that pyproject.toml cannot say: a library of C++, which the package does without if need be."""
+
+import sys
+
+from setuptools import Extension, setup
+
+# no fast-math: a NaN has to come through, and a product with a sum behind it is rounded as everywhere
+GCC = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi"]
+
+setup(
+    ext_modules=[
+        Extension(
+            "convattn.ops.cpu._kernels",
+            sources=["src/convattn/ops/cpu/kernels.cpp"],
+            depends=["src/convattn/ops/cpu/body.h"],
+            extra_compile_args=GCC if sys.platform != "win32" else ["/std:c++17", "/O2"],
+            # installed without where there is no compiler, or one that does not take it
+            optional=True,
+            # plain functions, called through ctypes: one library for every version of Python
+            py_limited_api=True,
+        )
+    ],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

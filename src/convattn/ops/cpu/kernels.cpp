@@ -1,0 +1,165 @@
+// Channel and spatial gating of feature maps on the CPU, forward and backward.
+//
+// A plain C interface on raw pointers, so that one library serves every version of PyTorch. Maps are (B, C, N) with N
+// positions, in one of two orders: channels first, a row of N values for each channel; or channels last, a row of C
+// values for each position. Everything else is small: gates and their gradients (B, C) and (B, N), in float32.
+//
+// Compiled twice, for AVX2 and for any processor; the compiler vectorises the loops over a row. Sums are taken in
+// blocks, each in float32 and together in double. No fast-math: a NaN has to come through.
+//
+// The maximum shares its gradient between equal values, as torch.amax does. Of each maximum the first place and the
+// number of places are kept; only where there are several is the map read once more.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <thread>
+#include <vector>
+
+namespace {
+
+// what runs a function in all threads of PyTorch's own pool, and what tells which of them it is; null without a pool
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+using ThreadNumber = int (*)();
+Parallel pool_parallel = nullptr;
+ThreadNumber pool_thread = nullptr;
+
+template <class Work>
+struct Job {
+    const Work& work;
+    int64_t count;
+    int threads;
+    static void run(void* job_pointer) {
+        const Job& job = *static_cast<Job*>(job_pointer);
+        const int64_t here = pool_thread();
+        const int64_t first = job.count * here / job.threads, last = job.count * (here + 1) / job.threads;
+        for (int64_t unit = first; unit < last; ++unit) job.work(unit);
+    }
+};
+
+// work(unit) for every unit, in as many threads
+template <class Work>
+void parallel(int threads, int64_t count, const Work& work) {
+    threads = int(std::min<int64_t>(threads, count));
+    if (threads <= 1 || !pool_parallel) {
+        for (int64_t unit = 0; unit < count; ++unit) work(unit);
+        return;
+    }
+    Job<Work> job{work, count, threads};
+    pool_parallel(Job<Work>::run, &job, unsigned(threads), 0);
+}
+
+// what a summary or the poolings of a map are, and the gradients that they got; without maxima where max is null
+struct Maxima { const float *max, *dmean, *dmax; const int32_t *first, *count; };
+using Summary = Maxima;
+using Pools = Maxima;
+
+}  // namespace
+
+#define CONVATTN_PATH portable
+#include "body.h"
+#undef CONVATTN_PATH
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define CONVATTN_AVX2 1
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define CONVATTN_PATH avx2
+#include "body.h"
+#undef CONVATTN_PATH
+#pragma GCC pop_options
+#endif
+
+namespace {
+bool has_avx2() {
+#ifdef CONVATTN_AVX2
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+    return false;
+#endif
+}
+bool use_avx2 = has_avx2();
+}  // namespace
+
+#ifdef CONVATTN_AVX2
+#define CALL(name, type, ...) \
+    if (use_avx2) avx2::name<type>(avx2::Map{b, c, n, last != 0, threads}, __VA_ARGS__); \
+    else portable::name<type>(portable::Map{b, c, n, last != 0, threads}, __VA_ARGS__)
+#define PATH(name, ...) \
+    if (use_avx2) avx2::name(avx2::Plane{b, h, w, k, threads}, __VA_ARGS__); \
+    else portable::name(portable::Plane{b, h, w, k, threads}, __VA_ARGS__)
+#else
+#define PATH(name, ...) portable::name(portable::Plane{b, h, w, k, threads}, __VA_ARGS__)
+#define CALL(name, type, ...) portable::name<type>(portable::Map{b, c, n, last != 0, threads}, __VA_ARGS__)
+#endif
+
+// for each function one for float32 and one for bfloat16
+#define BOTH(define) define(float, f32) define(uint16_t, bf16)
+
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+extern "C" {
+
+// PyTorch's own pool of threads: its GOMP_parallel and omp_get_thread_num; null for none
+EXPORT void convattn_threads(void* parallel_function, void* number_function) {
+    pool_parallel = reinterpret_cast<Parallel>(parallel_function);
+    pool_thread = reinterpret_cast<ThreadNumber>(number_function);
+    if (!pool_thread) pool_parallel = nullptr;
+}
+
+// the instructions in use: 1 for AVX2, 0 for those of any processor; asking for 0 or 1 sets them where they are there
+EXPORT int convattn_path(int wanted) {
+    if (wanted == 0) use_avx2 = false;
+    if (wanted == 1) use_avx2 = has_avx2();
+    return use_avx2;
+}
+
+#define SHAPE int64_t b, int64_t c, int64_t n, int last, int threads
+
+#define DEFINE(type, suffix) \
+    EXPORT void convattn_pool_##suffix(SHAPE, const type* x, float* mean, float* max, int32_t* first, int32_t* count) { \
+        CALL(pool, type, x, mean, max, first, count); \
+    } \
+    EXPORT void convattn_summarise_##suffix(SHAPE, const type* x, const float* channel, float* mean, float* max, \
+                                     int32_t* first, int32_t* count) { \
+        CALL(summarise, type, x, channel, mean, max, first, count); \
+    } \
+    EXPORT void convattn_apply_##suffix(SHAPE, const type* x, const float* channel, const float* spatial, type* y) { \
+        CALL(apply, type, x, channel, spatial, y); \
+    } \
+    EXPORT void convattn_grad_gates_##suffix(SHAPE, const type* x, const type* dy, const float* channel, \
+                                      const float* spatial, float* dchannel, float* dspatial) { \
+        CALL(grad_gates, type, x, dy, channel, spatial, dchannel, dspatial); \
+    } \
+    EXPORT void convattn_grad_summary_##suffix(SHAPE, const type* x, const float* channel, const float* max, \
+                                        const float* dmean, const float* dmax, const int32_t* first, \
+                                        const int32_t* count, float* dchannel) { \
+        CALL(grad_summary, type, x, channel, Summary{max, dmean, dmax, first, count}, dchannel); \
+    } \
+    EXPORT void convattn_grad_input_##suffix(SHAPE, const type* x, const type* dy, const float* channel, \
+                                      const float* spatial, const float* smax, const float* dsmean, \
+                                      const float* dsmax, const int32_t* sfirst, const int32_t* scount, \
+                                      const float* pmax, const float* dpmean, const float* dpmax, \
+                                      const int32_t* pfirst, const int32_t* pcount, type* dx) { \
+        const Summary summary{smax, dsmean, dsmax, sfirst, scount}; \
+        const Pools pools{pmax, dpmean, dpmax, pfirst, pcount}; \
+        CALL(grad_input, type, x, dy, channel, spatial, dsmean ? &summary : nullptr, dpmean ? &pools : nullptr, dx); \
+    }
+BOTH(DEFINE)
+
+// the convolution of a summary, in float32: b samples of h x w, a window of k x k
+EXPORT void convattn_conv(int64_t b, int64_t h, int64_t w, int64_t k, int threads, const float* summary, const float* weight,
+                          float* out) {
+    PATH(conv, summary, weight, out);
+}
+EXPORT void convattn_grad_conv(int64_t b, int64_t h, int64_t w, int64_t k, int threads, const float* summary,
+                               const float* weight, const float* dout, float* dsummary, float* dweight) {
+    PATH(grad_conv, summary, weight, dout, dsummary, dweight);
+}
+
+}  // extern "C"

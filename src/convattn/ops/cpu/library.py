@@ -1,0 +1,102 @@
+"""The compiled kernels, through ctypes: loaded once, when they are first asked for."""
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = Path(__file__).parent
+# by name how many pointers a function takes, behind the shape
+POINTERS = {"pool": 5, "summarise": 6, "apply": 4, "grad_gates": 6, "grad_summary": 8, "grad_input": 15}
+CONVOLUTIONS = {"conv": 3, "grad_conv": 5}
+SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+# below so many elements a second thread costs more than it saves
+FEW = 1 << 15
+
+
+class Library:
+    """The functions of the library by name and dtype."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.loaded = ctypes.CDLL(str(path))
+        self.functions: dict[tuple[str, torch.dtype], Any] = {}
+        shape = [ctypes.c_int64] * 3 + [ctypes.c_int] * 2
+        for name, pointers in POINTERS.items():
+            for dtype, suffix in SUFFIXES.items():
+                function = self.loaded[f"convattn_{name}_{suffix}"]
+                function.argtypes = [*shape, *[ctypes.c_void_p] * pointers]
+                function.restype = None
+                self.functions[name, dtype] = function
+        for name, pointers in CONVOLUTIONS.items():
+            function = self.loaded[f"convattn_{name}"]
+            function.argtypes = [*[ctypes.c_int64] * 4, ctypes.c_int, *[ctypes.c_void_p] * pointers]
+            function.restype = None
+            self.functions[name, torch.float32] = function
+        self.loaded.convattn_threads.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+        self.has_threads = self._share_threads()
+
+    @property
+    def instructions(self) -> str:
+        """Which of its paths runs here."""
+        return "AVX2" if self.loaded.convattn_path(-1) else "portable"
+
+    def use_avx2(self, wanted: bool) -> str:
+        """Take one of both paths, if the processor has it, and return the one that is taken: for tests."""
+        self.loaded.convattn_path(int(wanted))
+        return self.instructions
+
+    def _share_threads(self) -> bool:
+        """Hand over the functions that start PyTorch's own threads: a second pool would fight with it."""
+        found = openmp()
+        if found is None:
+            return False
+        parallel, number = (
+            ctypes.cast(found[name], ctypes.c_void_p) for name in ("GOMP_parallel", "omp_get_thread_num")
+        )
+        self.loaded.convattn_threads(parallel, number)
+        # a child process has none of the threads that its parent started, and would wait for them
+        os.register_at_fork(after_in_child=lambda: self.loaded.convattn_threads(None, None))
+        return True
+
+
+def openmp() -> ctypes.CDLL | None:
+    """The OpenMP library that PyTorch brings and has loaded, if it has the functions that GCC calls."""
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*")):
+        try:
+            found = ctypes.CDLL(str(path))
+            found.GOMP_parallel, found.omp_get_thread_num  # noqa: B018
+        except (OSError, AttributeError):
+            continue
+        return found
+    return None
+
+
+@cache
+def loaded() -> Library | None:
+    """The library, or None where there is none: `why_not` tells why."""
+    return _found()[0]
+
+
+def why_not() -> str | None:
+    """Why there is no library; None where there is one."""
+    return _found()[1]
+
+
+@cache
+def _found() -> tuple[Library | None, str | None]:
+    paths = sorted(path for path in FOLDER.glob("_kernels*") if path.suffix in (".so", ".pyd", ".dylib"))
+    if not paths:
+        return None, "it was not compiled when convattn was installed, which takes a C++ compiler"
+    try:
+        return Library(paths[-1]), None
+    except (OSError, AttributeError) as error:
+        return None, f"{paths[-1]} cannot be loaded ({error})"
+
+
+def threads_for(elements: int) -> int:
+    """As many threads as PyTorch would take, and a single one for little work."""
+    return 1 if elements < FEW else torch.get_num_threads()

@@ -1,0 +1,48 @@
+"""What `convattn doctor` says."""
+
+import pytest
+
+from convattn import cli
+from convattn.ops import cpu, doctor
+from convattn.ops.cpu import library
+
+
+def said() -> dict[str, str]:
+    return {name.strip(): words for name, words in doctor.status()}
+
+
+@pytest.mark.skipif(library.why_not() is not None, reason="no fused operators")
+def test_what_serves_what() -> None:
+    found = said()
+    assert found["cpu"].startswith(("fused operators, AVX2: ", "fused operators, portable: "))
+    assert found["float32"] == found["bfloat16"] == "served by cpu"
+    assert "served by reference, since cpu is not: it is for float32 and bfloat16, not for float64" in found["float64"]
+
+
+def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "loaded", lambda: None)
+    for place in (library, cpu):
+        monkeypatch.setattr(place, "why_not", lambda: "it was not compiled")
+    found = said()
+    assert found["cpu"] == "fused operators are not used: it was not compiled"
+    assert found["float32"] == "served by reference, since cpu is not: it was not compiled"
+
+
+def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CONVATTN_BACKEND", "reference")
+    found = said()
+    assert found["large pages"] == "on (THP_MEM_ALLOC_ENABLE=1)" and "OMP_NUM_THREADS=1" in found["threads"]
+    assert found["asked for"] == "reference"
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    assert said()["large pages"].startswith("off: ")
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["doctor"])
+    out = capsys.readouterr().out
+    assert (ended.value.code or 0) == 0
+    assert [line.split()[0] for line in out.splitlines()][:2] == ["PyTorch", "asked"]
+    assert "CUDA" in out
