@@ -10,6 +10,7 @@
     ├── DataError          (ValueError)     images or folders that cannot be used
     ├── ComparisonError    (ValueError)     a comparison folder that holds something else
     ├── RunFailed          (RuntimeError)   a run that broke, not through the user's request
+    ├── BackendUnavailable (RuntimeError)   a backend that was asked for, and does not serve the map
     └── MissingExtra       (ImportError)    an optional dependency that is not installed
 
 A message is one line: where, what was expected, what came, what to do. The command line prints it to stderr and

@@ -33,7 +33,7 @@ def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("CONVATTN_BACKEND", "reference")
     found = said()
-    assert found["large pages"] == "on (THP_MEM_ALLOC_ENABLE=1)" and "OMP_NUM_THREADS=1" in found["threads"]
+    assert found["large pages"].startswith("on (THP_MEM_ALLOC_ENABLE=1") and "OMP_NUM_THREADS=1" in found["threads"]
     assert found["asked for"] == "reference"
     monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
     assert said()["large pages"].startswith("off: ")

@@ -90,7 +90,7 @@ class ChannelAttention(Gate):
     def of_pools(self, pooled: list[torch.Tensor]) -> torch.Tensor:
         """The gate (B, C) from poolings of the map, each (B, C)."""
         hidden = self.activation(self.fc1(torch.stack(pooled)))  # [pools, B, hidden]
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]  # noqa: SIM102
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             if type(self.fc2) is nn.Linear:
                 # the sum of what a linear layer makes of two is what it makes of their sum, but for the bias
                 logits = self.fc2(hidden.sum(0))
@@ -187,7 +187,7 @@ class SpatialAttention(Gate):
 
     def of_summary(self, summary: torch.Tensor) -> torch.Tensor:
         """The gate (B, 1, *spatial) from mean and maximum of the map over its channels, (B, 2, *spatial)."""
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]  # noqa: SIM108
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             logits = self.conv(summary)
         else:
             logits = ops.convolved(summary, self.conv)
@@ -303,7 +303,7 @@ class CBAM(Gate):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The gated map, of the shape, dtype and memory format of `x`."""
         self.check(x)
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]  # noqa: SIM102
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             # whoever put another module there has its gate used
             if type(self.channel) is ChannelAttention and type(self.spatial) is SpatialAttention:
                 return self._fused(x)

@@ -52,7 +52,9 @@ def _threads() -> str:
 
 def _pages() -> str:
     if os.environ.get(PAGES) == "1":
-        return f"on ({PAGES}=1)"
+        return (
+            f"on ({PAGES}=1, which the command line sets itself, and which scripts of your own need before they start)"
+        )
     return (
         f"off: on Linux, {PAGES}=1 before Python starts makes all that works on maps above 32 MB faster, since fresh "
         f"pages cost more than the work"
