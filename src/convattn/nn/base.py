@@ -95,3 +95,33 @@ def hidden_width(where: str, channels: int, reduction: int, hidden: int | None) 
         return max(1, channels // reduction)
     checks.positive(where, "hidden", hidden)
     return hidden
+
+
+def plain(*layers: nn.Module) -> bool:
+    """Whether nobody watches or changes what layers of PyTorch compute."""
+    for layer in layers:
+        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+            return False
+    return True
+
+
+def described(
+    pools: tuple[str, ...], first: nn.Module, activation: nn.Module, second: nn.Module, gate: str | nn.Module
+) -> ops.Mlp | None:
+    """An MLP as the fused operators take it; None where they have none like it."""
+    between = _NAMES.get(type(activation))
+    behind = gate if isinstance(gate, str) else _GATE_NAMES.get(type(gate)) if plain(gate) else None
+    if between is None or behind is None or not _POOLS.issuperset(pools):
+        return None
+    if not type(first) is type(second) is nn.Linear or not plain(first, activation, second):
+        return None
+    if between == "gelu" and activation.approximate != "none":
+        return None
+    # the quick way to what every call asks for
+    one, two = first._parameters, second._parameters
+    return ops.Mlp(pools, between, behind, one["weight"], one["bias"], two["weight"], two["bias"])  # type: ignore[arg-type]
+
+
+_POOLS = frozenset(("mean", "max"))
+_NAMES = {kind: name for name, kind in ACTIVATIONS.items()}
+_GATE_NAMES = {kind: name for name, kind in GATE_ACTIVATIONS.items()}

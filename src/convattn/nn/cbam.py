@@ -7,12 +7,30 @@ from torch import nn
 
 from convattn import checks, ops
 from convattn.errors import InvalidOption, ShapeMismatch
-from convattn.nn.base import ACTIVATIONS, Gate, hidden_width
+from convattn.nn.base import ACTIVATIONS, Gate, described, hidden_width, plain
 from convattn.registry import register
 
 ORDERS = ("channel-spatial", "spatial-channel", "parallel")
 CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NORMS: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_CONVOLUTIONS = frozenset(CONVOLUTIONS.values())
+_NORMS = frozenset(NORMS.values())
+
+
+def _is_window(conv: nn.Module) -> bool:
+    """Whether a layer is the convolution that the fused operators know."""
+    if type(conv) not in _CONVOLUTIONS or not plain(conv):
+        return False
+    width, dimensions = conv.kernel_size[0], len(conv.kernel_size)
+    return (
+        width % 2 == 1
+        and conv.kernel_size == (width,) * dimensions
+        and conv.padding == (width // 2,) * dimensions
+        and conv.stride == conv.dilation == (1,) * dimensions
+        and (conv.in_channels, conv.out_channels, conv.groups) == (2, 1, 1)
+        and conv.padding_mode == "zeros"
+        and conv._parameters["bias"] is None
+    )
 
 
 @register("channel", "gate")
@@ -90,21 +108,25 @@ class ChannelAttention(Gate):
     def of_pools(self, pooled: list[torch.Tensor]) -> torch.Tensor:
         """The gate (B, C) from poolings of the map, each (B, C)."""
         hidden = self.activation(self.fc1(torch.stack(pooled)))  # [pools, B, hidden]
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            if type(self.fc2) is nn.Linear:
-                # the sum of what a linear layer makes of two is what it makes of their sum, but for the bias
-                logits = self.fc2(hidden.sum(0))
-                bias = self.fc2.bias
-                return torch.sigmoid(logits if bias is None else logits + (len(pooled) - 1) * bias)
         return torch.sigmoid(self.fc2(hidden).sum(0))
+
+    def mlp(self) -> ops.Mlp | None:
+        """The same as the fused operators take it; None where they have none like it."""
+        return described(self.pools, self.fc1, self.activation, self.fc2, "sigmoid")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The gated map, of the shape, dtype and memory format of `x`."""
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             self.check(x)
+            mlp = self.mlp()
             return ops.gated(
-                x, channel=self.of_pools, pools=self.pools, strength=self.strength, dimensions=self.dimensions
-            )
+                x,
+                channel=self.of_pools,
+                pools=self.pools,
+                strength=self.strength,
+                dimensions=self.dimensions,
+                gates=None if mlp is None else ops.Gates(mlp, None),
+            )[0]
         return ops.apply_gate(x, self.gate(x), self.strength)
 
 
@@ -187,19 +209,65 @@ class SpatialAttention(Gate):
 
     def of_summary(self, summary: torch.Tensor) -> torch.Tensor:
         """The gate (B, 1, *spatial) from mean and maximum of the map over its channels, (B, 2, *spatial)."""
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            logits = self.conv(summary)
-        else:
-            logits = ops.convolved(summary, self.conv)
+        logits = self.conv(summary)
         return torch.sigmoid(logits if self.norm is None else self.norm(logits))
+
+    @torch.jit.unused
+    def window(self) -> ops.Window | None:
+        """The same as the fused operators take it; None where they have none like it."""
+        conv, norm = self.conv, self.norm
+        if not _is_window(conv):
+            return None
+        # the quick way to what every call asks for
+        weight = conv._parameters["weight"]
+        if norm is None:
+            return ops.Window(weight)
+        running = norm._buffers
+        if type(norm) not in _NORMS or running["running_mean"] is None or not plain(norm):
+            return None
+        return ops.Window(
+            weight,
+            norm._parameters["weight"],
+            norm._parameters["bias"],
+            running["running_mean"],
+            running["running_var"],
+            norm.training,
+            norm.eps,
+        )
+
+    @torch.jit.unused
+    def track(self, moments: torch.Tensor | None, count: int) -> None:
+        """Let the norm's running mean and variance follow those of so many logits, where it is trained."""
+        norm = self.norm
+        if moments is None or norm is None:
+            return
+        norm.num_batches_tracked.add_(1)
+        momentum = 1 / int(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        with torch.no_grad():
+            norm.running_mean.lerp_(moments[0:1].to(norm.running_mean.dtype), momentum)
+            norm.running_var.lerp_(moments[1:2].mul(count / (count - 1)).to(norm.running_var.dtype), momentum)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The gated map, of the shape, dtype and memory format of `x`."""
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             self.check(x)
             self.check_positions(x)
-            return ops.gated(x, spatial=self.of_summary, strength=self.strength, dimensions=self.dimensions)
+            return self.fused(x, self.strength)
         return ops.apply_gate(x, self.gate(x), self.strength)
+
+    @torch.jit.unused
+    def fused(self, x: torch.Tensor, strength: torch.Tensor | None) -> torch.Tensor:
+        """The gated map with a strength from elsewhere."""
+        window = self.window()
+        y, moments = ops.gated(
+            x,
+            spatial=self.of_summary,
+            strength=strength,
+            dimensions=self.dimensions,
+            gates=None if window is None else ops.Gates(None, window),
+        )
+        self.track(moments, x.numel() // x.shape[1])
+        return y
 
 
 @register("cbam", "gate")
@@ -317,17 +385,26 @@ class CBAM(Gate):
     def _fused(self, x: torch.Tensor) -> torch.Tensor:
         channel, spatial, strength = self.channel, self.spatial, self.strength
         spatial.check_positions(x)
+        mlp, window = channel.mlp(), spatial.window()
         if self.order == "spatial-channel":
-            y = ops.gated(x, spatial=spatial.of_summary, strength=strength, dimensions=self.dimensions)
             return ops.gated(
-                y, channel=channel.of_pools, pools=channel.pools, strength=strength, dimensions=self.dimensions
-            )
-        return ops.gated(
+                spatial.fused(x, strength),
+                channel=channel.of_pools,
+                pools=channel.pools,
+                strength=strength,
+                dimensions=self.dimensions,
+                gates=None if mlp is None else ops.Gates(mlp, None),
+            )[0]
+        parallel = self.order == "parallel"
+        y, moments = ops.gated(
             x,
             channel=channel.of_pools,
             spatial=spatial.of_summary,
             pools=channel.pools,
             strength=strength,
-            parallel=self.order == "parallel",
+            parallel=parallel,
             dimensions=self.dimensions,
+            gates=None if mlp is None or window is None else ops.Gates(mlp, window, parallel),
         )
+        spatial.track(moments, x.numel() // x.shape[1])
+        return y

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from convattn import checks, ops
-from convattn.nn.base import ACTIVATIONS, GATE_ACTIVATIONS, Gate, hidden_width
+from convattn.nn.base import ACTIVATIONS, GATE_ACTIVATIONS, Gate, described, hidden_width
 from convattn.registry import register
 
 
@@ -77,9 +77,15 @@ class SqueezeExcite(Gate):
         """The gated map, of the shape, dtype and memory format of `x`."""
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             self.check(x)
+            mlp = described(("mean",), self.fc1, self.activation, self.fc2, self.gate_activation)
             return ops.gated(
-                x, channel=self._excite, pools=("mean",), strength=self.strength, dimensions=self.dimensions
-            )
+                x,
+                channel=self._excite,
+                pools=("mean",),
+                strength=self.strength,
+                dimensions=self.dimensions,
+                gates=None if mlp is None else ops.Gates(mlp, None),
+            )[0]
         return ops.apply_gate(x, self.gate(x), self.strength)
 
     def _excite(self, pooled: list[torch.Tensor]) -> torch.Tensor:

@@ -5,8 +5,9 @@
 
 import torch.fx
 
-from convattn.ops.backends import choice, convolved, gated, use
-from convattn.ops.reference import POOLS, apply_gate, blend, broadcast, mean_max, spatial_summary, squeeze
+from convattn.ops.backends import choice, gated, mean_max, use
+from convattn.ops.fused import Gates, Mlp, Window
+from convattn.ops.reference import POOLS, apply_gate, blend, broadcast, spatial_summary, squeeze
 
 # the number of dimensions is unknown to a symbolic trace
 torch.fx.wrap("squeeze")
@@ -14,11 +15,13 @@ torch.fx.wrap("mean_max")
 
 __all__ = [
     "POOLS",
+    "Gates",
+    "Mlp",
+    "Window",
     "apply_gate",
     "blend",
     "broadcast",
     "choice",
-    "convolved",
     "gated",
     "mean_max",
     "spatial_summary",

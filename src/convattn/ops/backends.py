@@ -13,7 +13,7 @@ import torch
 from torch.autograd import forward_ad
 
 from convattn.errors import BackendUnavailable, InvalidOption
-from convattn.ops import cpu, reference
+from convattn.ops import cpu, fused, reference
 
 # for whoever wants the other one everywhere
 VARIABLE = "CONVATTN_BACKEND"
@@ -91,15 +91,6 @@ def _watched(x: torch.Tensor) -> str | None:
     return None
 
 
-def convolved(summary: torch.Tensor, conv: torch.nn.Module) -> torch.Tensor:
-    """What a layer makes of a summary (B, 2, *spatial), by the fused operators where they compute the same."""
-    if summary.dtype is torch.float32 and choice(summary) == CPU and cpu.convolves(summary, conv):
-        if torch.is_grad_enabled():
-            return cpu.Convolution.apply(summary, conv.weight)  # type: ignore[no-any-return]
-        return cpu.convolved(summary, conv.weight)  # type: ignore[arg-type]
-    return conv(summary)  # type: ignore[no-any-return]
-
-
 def gated(
     x: torch.Tensor,
     *,
@@ -109,9 +100,32 @@ def gated(
     strength: torch.Tensor | None = None,
     parallel: bool = False,
     dimensions: int = 2,
-) -> torch.Tensor:
-    """A map times a channel gate, times a spatial gate: see `reference.gated`, the truth of every backend."""
-    # other pools are rare, and have no kernels
-    fused = set(pools) <= {"mean", "max"} and choice(x) == CPU
-    compute = cpu.gated if fused else reference.gated
-    return compute(x, pools, channel, spatial, strength, parallel, dimensions)
+    shortcut: torch.Tensor | None = None,
+    gates: fused.Gates | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A map times a channel gate, times a spatial gate: see `reference.gated`, the truth of every backend.
+
+    Args:
+        gates: what `channel` and `spatial` compute, as the fused operators take it; None where they cannot.
+
+    Returns:
+        The gated map, and the mean and biased variance (2) of the logits of the spatial gate where the fused operators
+        computed them for a norm in training, whose running mean and variance are then still to be updated.
+    """
+    if gates is not None and choice(x) == CPU and _alike(x, gates):
+        return fused.gated(cpu.Kernels, x, gates, strength, shortcut)
+    return reference.gated(x, pools, channel, spatial, strength, parallel, dimensions, shortcut), None
+
+
+def mean_max(x: torch.Tensor) -> torch.Tensor:
+    """Pool a map (B, C, *spatial) to (B, 2C): the means, then the maxima."""
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if choice(x) == CPU:
+            return fused.mean_max(cpu.Kernels, x)
+    return reference.mean_max(x)
+
+
+def _alike(x: torch.Tensor, gates: fused.Gates) -> bool:
+    """Whether map and gates are of one type, or mixed precision is on purpose: else PyTorch has to object."""
+    dtype = x.dtype
+    return all(one is None or one.dtype is dtype for one in gates.tensors()) or torch.is_autocast_enabled(x.device.type)

@@ -74,10 +74,11 @@ def gated(
     strength: torch.Tensor | None,
     parallel: bool,
     dimensions: int,
+    shortcut: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A map times a channel gate, times a spatial gate, either of which may be absent.
 
-    y = x * c, c = channel(pools of x);  z = y * s, s = spatial(summary of y)
+    y = x * c, c = channel(pools of x);  z = y * s, s = spatial(summary of y);  with a shortcut relu(z + shortcut)
 
     Args:
         x: the map (B, C, *spatial).
@@ -87,11 +88,12 @@ def gated(
         strength: see `blend`.
         parallel: the spatial gate is computed from x instead of y.
         dimensions: spatial dimensions of the map.
+        shortcut: what a residual block adds before its last activation, a map as x.
     """
     y = x
     if channel is not None:
         gate = channel([squeeze(x, pool) for pool in pools])
         y = apply_gate(x, broadcast(gate, dimensions), strength)
-    if spatial is None:
-        return y
-    return apply_gate(y, spatial(spatial_summary(x if parallel else y)), strength)
+    if spatial is not None:
+        y = apply_gate(y, spatial(spatial_summary(x if parallel else y)), strength)
+    return y if shortcut is None else torch.relu(y + shortcut)

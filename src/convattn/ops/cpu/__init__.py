@@ -1,28 +1,17 @@
-"""Gating on the CPU in few passes over the map, forward and backward: `kernels.cpp` behind three autograd functions.
+"""The kernels of `kernels.cpp` as `fused` asks for them."""
 
-`Root` pools the map, `Summary` summarises it over its channels, `Apply` multiplies it with both gates; what lies
-between them is small and PyTorch's own. Each would write a gradient of the whole map, and PyTorch would add them. So
-`Apply` returns the gradient that it got, unchanged, `Summary` none, and both leave what they know to `Root`, which is
-called last and writes the gradient of the map in a single pass. That goes by way of the `carrier`, which is the map as
-`Root` returns it and which nothing else sees. For gradients of gradients each computes its own from the map itself, in
-plain PyTorch.
-
-Saved for the backward pass are the map itself and small maps: for each maximum its first place and the number of
-places, since equal maxima share their gradient, as those of `torch.amax` do.
-"""
-
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from convattn.ops import reference
-from convattn.ops.cpu.library import SUFFIXES, loaded, threads_for, why_not
+from convattn.ops import fused
+from convattn.ops.cpu.library import FEW_PRODUCTS, SUFFIXES, Library, loaded, threads_for, why_not
 
-Tensors = tuple[torch.Tensor | None, ...]
+Tensor = torch.Tensor
+Maybe = torch.Tensor | None
 
 
-def why_not_for(x: torch.Tensor) -> str | None:
+def why_not_for(x: Tensor) -> str | None:
     """Why a map is not served; None where it is."""
     missing = why_not()
     if missing is not None:
@@ -31,351 +20,198 @@ def why_not_for(x: torch.Tensor) -> str | None:
         return f"it is for maps on the CPU, not on {x.device.type}"
     if x.dtype not in SUFFIXES:
         return f"it is for float32 and bfloat16, not for {str(x.dtype).removeprefix('torch.')}"
-    if x.numel() == 0:
+    elements = x.numel()
+    if elements == 0:
         return "the map is empty"
-    if max(x.shape[1], x.numel() // (x.shape[0] * x.shape[1])) >= 1 << 31:
+    if max(x.shape[1], elements // (x.shape[0] * x.shape[1])) >= 1 << 31:
         return "places in the map are counted in 32 bits"
     return None
 
 
-def gated(
-    x: torch.Tensor,
-    pools: tuple[str, ...],
-    channel: Callable[[list[torch.Tensor]], torch.Tensor] | None,
-    spatial: Callable[[torch.Tensor], torch.Tensor] | None,
-    strength: torch.Tensor | None,
-    parallel: bool,
-    dimensions: int,
-) -> torch.Tensor:
-    """What `reference.gated` computes, for maps that are served."""
-    x = _dense(x)
-    shared = Shared()
-    gate_c = gate_s = None
-    pooled: list[torch.Tensor] = []
-    carrier = x
-    if torch.is_grad_enabled():
-        carrier, *pooled = Root.apply(x, shared, pools if channel else ())
-    elif channel is not None:
-        pooled = _chosen(_pool(x, pools, places=False), pools, x)
-    if channel is not None:
-        gate_c = reference.blend(channel(pooled), strength).to(x.dtype)
-    if spatial is not None:
-        seen = None if parallel else gate_c
-        if torch.is_grad_enabled():
-            aside = parallel and channel is not None
-            summary = Summary.apply(carrier, x, seen, shared, aside)
+class Kernels:
+    """See `fused.Kernels`."""
+
+    def __init__(self, x: Tensor) -> None:
+        library = loaded()
+        assert library is not None  # noqa: S101
+        self.library: Library = library
+        self.batch, self.channels = x.shape[:2]
+        self.positions = x.shape[2:]
+        elements = x.numel()
+        self.dtype = x.dtype
+        last = not x.is_contiguous()
+        self.shape = (
+            self.batch,
+            self.channels,
+            elements // (self.batch * self.channels),
+            last,
+            threads_for(elements),
+        )
+
+    def pool(self, x: Tensor, mean: bool, maximum: bool) -> Tensor:
+        """Means and maxima over positions (pools, B, C)."""
+        found = torch.empty((2, self.batch, self.channels), dtype=torch.float32)
+        at = found.data_ptr()
+        self._call("pool", x.data_ptr(), at, at + 4 * self.batch * self.channels if maximum else None)
+        return found if mean and maximum else found[:1] if mean else found[1:]
+
+    def mlp(self, mlp: fused.Mlp, pooled: Tensor) -> tuple[Tensor, fused.Kept]:
+        """The channel gate (B, C) of poolings, and what is kept."""
+        width = len(mlp.first)
+        pools, batch, channels = pooled.shape
+        small = width * pooled.numel() <= FEW_PRODUCTS and mlp.activation == "relu" and mlp.gate == "sigmoid"
+        if not small or any(one is not None and not _ready(one) for one in mlp[3:]):
+            return fused.mlp(mlp, pooled)
+        # in one piece: behind the first layer, hidden, logits, and gate
+        sizes = (pools * batch * width, batch * width, batch * channels, batch * channels)
+        found = torch.empty(sum(sizes))
+        at = found.data_ptr()
+        pointers = [at, at + 4 * sizes[0], at + 4 * (sizes[0] + sizes[1]), at + 4 * (sizes[0] + sizes[1] + sizes[2])]
+        call = self.library.functions["mlp", torch.float32]
+        call(pools, batch, channels, width, pooled.data_ptr(), *map(_at, mlp[3:]), *pointers)
+        first, hidden, logits, gate = found.split(sizes)
+        kept = fused.Kept(
+            pooled, first.view(pools, batch, width), hidden.view(batch, width), logits.view(batch, channels)
+        )
+        return gate.view(batch, channels), kept
+
+    def summarise(self, x: Tensor, channel: Maybe) -> Tensor:
+        """Means and maxima over channels (2, B, *spatial)."""
+        found = torch.empty((2, self.batch, *self.positions), dtype=torch.float32)
+        at = found.data_ptr()
+        self._call("summarise", x.data_ptr(), _at(channel), at, at + 4 * self.batch * self.shape[2])
+        return found
+
+    def apply(self, x: Tensor, channel: Maybe, spatial: Maybe, shortcut: Maybe) -> Tensor:
+        """The map times its gates; with a shortcut relu(that + shortcut)."""
+        y = torch.empty_like(x)
+        self._call("apply", x.data_ptr(), _at(channel), _at(spatial), _at(shortcut), y.data_ptr())
+        return y
+
+    def grad_gates(
+        self, x: Tensor, dy: Tensor, channel: Maybe, spatial: Maybe, maximum: Maybe, gated: bool
+    ) -> tuple[Maybe, Maybe, Maybe]:
+        """Gradients of the gates, and where the given maxima over channels are."""
+        dchannel = None if channel is None else torch.empty_like(channel)
+        dspatial = None if spatial is None else torch.empty_like(spatial)
+        places = None if maximum is None else torch.empty((2, *maximum.shape), dtype=torch.int32)
+        self._call(
+            "grad_gates",
+            x.data_ptr(),
+            dy.data_ptr(),
+            _at(channel),
+            _at(spatial),
+            _at(maximum),
+            gated,
+            _at(dchannel),
+            _at(dspatial),
+            _at(places),
+        )
+        return dchannel, dspatial, places
+
+    def grad_summary(
+        self, x: Tensor, channel: Maybe, summary: tuple[Maybe, ...], maximum: Maybe, dchannel: Maybe
+    ) -> Maybe:
+        """Add to the gradient of the channel gate what comes by the summary; where the maxima over positions are."""
+        places = None if maximum is None else torch.empty((2, *maximum.shape), dtype=torch.int32)
+        pointers = map(_at, (channel, *summary, maximum, dchannel, places))
+        self._call("grad_summary", x.data_ptr(), *pointers)
+        return places
+
+    def grad_input(
+        self,
+        x: Tensor,
+        dy: Maybe,
+        channel: Maybe,
+        spatial: Maybe,
+        summary: tuple[Maybe, ...],
+        pools: tuple[Maybe, ...],
+    ) -> Tensor:
+        """The gradient of the map."""
+        dx = torch.empty_like(x)
+        self._call("grad_input", x.data_ptr(), *map(_at, (dy, channel, spatial, *summary, *pools, dx)))
+        return dx
+
+    def window(self, planes: Tensor, window: fused.Window, strength: Maybe) -> tuple[Tensor, Tensor, Maybe]:
+        """The spatial gate, the logits behind the convolution, and their moments in training."""
+        weight = _small(window.weight)
+        logits = torch.empty(planes.shape[1:], dtype=torch.float32)
+        if self._in_plane(weight):
+            self._convolve("conv", planes.data_ptr(), weight.data_ptr(), logits.data_ptr(), weight=weight)
         else:
-            summary = _summary(x, seen, with_places=False)[0]
-        gate_s = reference.blend(spatial(summary), strength).to(x.dtype)
-    if torch.is_grad_enabled():
-        return Apply.apply(carrier, x, gate_c, gate_s, shared)  # type: ignore[no-any-return]
-    return _apply(x, gate_c, gate_s)
+            logits = fused.convolve(planes.transpose(0, 1), weight).view(logits.shape)
+        moments = torch.empty(2) if window.training and window.mean is not None else None
+        gate = torch.empty_like(logits)
+        self._gate("gate", logits, window, moments, strength, gate.data_ptr())
+        return gate, logits, moments
 
+    def grad_window(
+        self, planes: Tensor, window: fused.Window, strength: Maybe, kept: fused.Kept, dgate: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the planes, of the weight, and of norm weight, norm bias and strength together (3)."""
+        sums, dlogits = torch.empty(3), torch.empty_like(dgate)
+        pointers = (dgate.data_ptr(), dlogits.data_ptr(), sums.data_ptr())
+        self._gate("grad_gate", kept.window, window, kept.moments, strength, *pointers)
+        weight = _small(window.weight)
+        if self._in_plane(weight):
+            dplanes, dweight = torch.empty_like(planes), torch.empty(weight.shape)
+            found = (planes.data_ptr(), weight.data_ptr(), dlogits.data_ptr(), dplanes.data_ptr(), dweight.data_ptr())
+            self._convolve("grad_conv", *found, weight=weight)
+            return dplanes, dweight, sums
+        summary = planes.transpose(0, 1)
+        ones, around = [1] * len(self.positions), [weight.shape[-1] // 2] * len(self.positions)
+        dsummary, dweight, _ = torch.ops.aten.convolution_backward(
+            dlogits.unsqueeze(1), summary, weight, None, ones, around, ones, False, [0], 1, [True, True, False]
+        )
+        return dsummary.transpose(0, 1).contiguous(), dweight, sums
 
-class Shared:
-    """What the functions of one call leave to `Root` in a backward pass."""
+    def _call(self, name: str, *arguments: Any) -> None:
+        self.library.functions[name, self.dtype](*self.shape, *arguments)
 
-    def __init__(self) -> None:
-        self.gates: Tensors | None = None
-        self.summary: Tensors | None = None
-        # the gradient of the map by way of a summary that is not of the gated map
-        self.aside: torch.Tensor | None = None
+    def _in_plane(self, weight: Tensor) -> bool:
+        return weight.dim() <= 4
 
+    def _convolve(self, name: str, *pointers: int, weight: Tensor) -> None:
+        sizes, window = self.positions, weight.shape[2:]
+        if len(sizes) == 1:
+            sizes, window = torch.Size([1, *sizes]), torch.Size([1, *window])
+        threads = threads_for(self.batch * self.shape[2] * weight.numel() // 16)
+        self.library.functions[name, torch.float32](self.batch, *sizes, *window, threads, *pointers)
 
-class Root(torch.autograd.Function):
-    """The map itself, and its mean and maximum over positions as far as they are asked for."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, shared: Shared, pools: tuple[str, ...]) -> Tensors:
-        ctx.shared, ctx.pools = shared, pools
-        ctx.set_materialize_grads(False)
-        found = _pool(x, pools)
-        ctx.save_for_backward(x, *found[1:])
-        return (x, *_chosen(found, pools, x))
-
-    @staticmethod
-    def backward(ctx: Any, dx: torch.Tensor | None, *dpooled: torch.Tensor | None) -> Tensors:
-        x, maximum, first, count = ctx.saved_tensors
-        shared: Shared = ctx.shared
-        by_pool = dict(zip(ctx.pools, dpooled, strict=True))
-        if _by_reference(dx, *dpooled) or shared.gates is None:
-            (by_pools,) = _gradients(lambda x: [reference.squeeze(x, pool) for pool in ctx.pools], [x], list(dpooled))
-            return dx if by_pools is None else by_pools if dx is None else dx + by_pools, None, None
-        gates, summary, aside = shared.gates, shared.summary or (None,) * 5, shared.aside
-        shared.gates = shared.summary = shared.aside = None
-        dmean, dmax = (_small(by_pool.get(pool)) for pool in ("mean", "max"))
-        if ctx.pools and dmean is None:
-            dmean = x.new_zeros(x.shape[:2], dtype=torch.float32)
-        if dmax is None:
-            maximum = first = count = None
-        found = torch.empty_like(x)
-        _call("grad_input", x, x, _like(dx, x), *gates, *summary, maximum, dmean, dmax, first, count, found)
-        return found if aside is None else found.add_(aside), None, None
-
-
-class Summary(torch.autograd.Function):
-    """Mean and maximum of each position over the channels, of the map or of the map with its channels gated."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, carrier: torch.Tensor, x: torch.Tensor, gate: torch.Tensor | None, shared: Shared, aside: bool
-    ) -> torch.Tensor:
-        summary, found, wide = _summary(x, gate)
-        ctx.shared, ctx.aside = shared, aside
-        ctx.save_for_backward(x, gate, wide, *found)
-        return summary
-
-    @staticmethod
-    def backward(ctx: Any, dsummary: torch.Tensor) -> Tensors:
-        x, gate, wide, maximum, first, count = ctx.saved_tensors
-        if _by_reference(dsummary):
-            dx, dgate = _gradients(_summarised, [x, gate], [dsummary])
-            return None, dx, dgate, None, None
-        # [2, B, N], so that each is in one piece
-        dmean, dmax = dsummary.flatten(2).transpose(0, 1).to(torch.float32).contiguous()
-        dgate = None
-        if gate is not None and ctx.needs_input_grad[2]:
-            dgate = torch.zeros_like(wide)
-            _call("grad_summary", x, x, wide, maximum, dmean, dmax, first, count, dgate)
-            dgate = dgate.to(gate.dtype)
-        found = (maximum, dmean, dmax, first, count)
-        if ctx.aside and ctx.needs_input_grad[0]:
-            ctx.shared.aside = torch.empty_like(x)
-            _call("grad_input", x, x, torch.zeros_like(x), None, None, *found, *(None,) * 5, ctx.shared.aside)
-        elif not ctx.aside:
-            ctx.shared.summary = found
-        return None, None, dgate, None, None
-
-
-class Apply(torch.autograd.Function):
-    """The map times its gates."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        carrier: torch.Tensor,
-        x: torch.Tensor,
-        gate_c: torch.Tensor | None,
-        gate_s: torch.Tensor | None,
-        shared: Shared,
-    ) -> torch.Tensor:
-        ctx.shared = shared
-        ctx.save_for_backward(x, gate_c, gate_s)
-        return _apply(x, gate_c, gate_s)
-
-    @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> Tensors:
-        x, gate_c, gate_s = ctx.saved_tensors
-        if _by_reference(dy):
-            return None, *_gradients(_multiplied, [x, gate_c, gate_s], [dy]), None
-        dy = _like(dy, x)  # type: ignore[assignment]
-        wide_c, wide_s = _small(gate_c), _small(gate_s)
-        dgates = [
-            None if gate is None or not needed else torch.empty_like(gate)
-            for gate, needed in ((wide_c, ctx.needs_input_grad[2]), (wide_s, ctx.needs_input_grad[3]))
-        ]
-        if dgates != [None, None]:
-            _call("grad_gates", x, x, dy, wide_c, wide_s, *dgates)
-        ctx.shared.gates, ctx.shared.summary, ctx.shared.aside = (wide_c, wide_s), None, None
-        return (
-            dy if ctx.needs_input_grad[0] else None,
-            None,
-            *(None if one is None else one.to(x.dtype) for one in dgates),
-            None,
+    def _gate(
+        self, name: str, logits: Tensor, window: fused.Window, moments: Maybe, strength: Maybe, *pointers: int
+    ) -> None:
+        # what is made here lives until the call is over
+        small = [_small(one) for one in (*window[1:5], strength)]
+        weight, bias, mean, var, given = map(_at, small)
+        if moments is not None:
+            mean = moments.data_ptr()
+            var = mean + 4
+        count = logits.numel()
+        call = self.library.functions[name, torch.float32]
+        call(
+            count,
+            threads_for(4 * count),
+            moments is not None,
+            window.eps,
+            logits.data_ptr(),
+            weight,
+            bias,
+            mean,
+            var,
+            given,
+            *pointers,
         )
 
 
-def _pool(x: torch.Tensor, pools: tuple[str, ...], places: bool = True) -> Tensors:
-    """Mean and maximum, (B, C) in float32, and if asked for, the first place of each maximum and how many it has."""
-    if not pools:
-        return (None,) * 4
-    mean, maximum = torch.empty((2, *x.shape[:2]), dtype=torch.float32)
-    if "max" not in pools:
-        _call("pool", x, x, mean, None, None, None)
-        return mean, None, None, None
-    first, count = _places(x.shape[:2]) if places else (None, None)
-    _call("pool", x, x, mean, maximum, first, count)
-    return mean, maximum, first, count
+def _at(one: Maybe) -> int | None:
+    return None if one is None else one.data_ptr()
 
 
-def _places(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    first, count = torch.empty((2, *shape), dtype=torch.int32)
-    return first, count
+def _small(one: Maybe) -> Any:
+    """A small tensor as the kernels read it: float32, in one piece."""
+    return one if one is None or _ready(one) else one.to(torch.float32).contiguous()
 
 
-def _chosen(found: Tensors, pools: tuple[str, ...], x: torch.Tensor) -> list[torch.Tensor]:
-    """The poolings that were asked for, in their order and in the dtype of the map."""
-    by_name = {"mean": found[0], "max": found[1]}
-    return [by_name[pool].to(x.dtype) for pool in pools]  # type: ignore[union-attr]
-
-
-def _summary(
-    x: torch.Tensor, gate: torch.Tensor | None, with_places: bool = True
-) -> tuple[torch.Tensor, Tensors, torch.Tensor | None]:
-    """The summary (B, 2, *spatial), its maxima and if asked their places, and the gate in float32."""
-    wide = _small(gate)
-    places = (x.shape[0], x.numel() // (x.shape[0] * x.shape[1]))
-    values = torch.empty((2, *places), dtype=torch.float32)
-    first, count = _places(places) if with_places else (None, None)
-    _call("summarise", x, x, wide, values[0], values[1], first, count)
-    # a view: the convolution behind it reads it in this order
-    summary = values.view(2, x.shape[0], *x.shape[2:]).transpose(0, 1)
-    return summary.to(x.dtype), (values[1], first, count), wide
-
-
-def _apply(x: torch.Tensor, gate_c: torch.Tensor | None, gate_s: torch.Tensor | None) -> torch.Tensor:
-    y = torch.empty_like(x)
-    _call("apply", x, x, _small(gate_c), _small(gate_s), y)
-    return y
-
-
-class Convolution(torch.autograd.Function):
-    """The convolution of a summary (B, 2, H, W) to (B, 1, H, W) with zeros around it, in float32."""
-
-    @staticmethod
-    def forward(ctx: Any, summary: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(summary, weight)
-        return convolved(summary, weight)
-
-    @staticmethod
-    def backward(ctx: Any, dout: torch.Tensor) -> Tensors:
-        summary, weight = ctx.saved_tensors
-        if _by_reference(dout):
-            found = _gradients(
-                lambda x, weight: [torch.nn.functional.conv2d(x, weight, padding=weight.shape[-1] // 2)],
-                [summary, weight],
-                [dout],
-            )
-            return found[0], found[1]
-        dsummary = torch.empty_like(_planes(summary)) if ctx.needs_input_grad[0] else None
-        dweight = torch.empty(weight.shape, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        planes, dense, dout = _planes(summary), weight.contiguous(), dout.contiguous()
-        _convolve("grad_conv", summary, weight, planes, dense, dout, dsummary, dweight)
-        return None if dsummary is None else dsummary.transpose(0, 1), dweight
-
-
-def convolves(summary: torch.Tensor, conv: torch.nn.Module) -> bool:
-    """Whether `convolved` computes what a layer does, which nobody watches."""
-    return (
-        type(conv) is torch.nn.Conv2d
-        and summary.dim() == 4
-        and conv.weight.dtype is torch.float32
-        and conv.bias is None
-        and tuple(conv.weight.shape[:2]) == (1, 2)
-        and conv.padding == (conv.weight.shape[-1] // 2,) * 2
-        and conv.stride == conv.dilation == (1, 1)
-        and conv.padding_mode == "zeros"
-        and not torch.is_autocast_enabled("cpu")
-        and not (conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks)
-    )
-
-
-def convolved(summary: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The convolution without a graph."""
-    out = torch.empty((summary.shape[0], 1, *summary.shape[2:]), dtype=torch.float32)
-    _convolve("conv", summary, weight, _planes(summary), weight.contiguous(), out)
-    return out
-
-
-def _planes(summary: torch.Tensor) -> torch.Tensor:
-    """The means of all samples, then their maxima: (2, B, H, W)."""
-    return summary.transpose(0, 1).contiguous()
-
-
-def _convolve(name: str, summary: torch.Tensor, weight: torch.Tensor, *tensors: torch.Tensor | None) -> None:
-    library = loaded()
-    assert library is not None  # noqa: S101
-    batch, _, height, width = summary.shape
-    threads = threads_for(batch * height * width * weight.numel() // 16)
-    pointers = [None if one is None else one.data_ptr() for one in tensors]
-    library.functions[name, torch.float32](batch, height, width, weight.shape[-1], threads, *pointers)
-
-
-def _call(name: str, x: torch.Tensor, *tensors: torch.Tensor | None) -> None:
-    """Call a kernel for the shape and the memory format of `x`."""
-    library = loaded()
-    assert library is not None  # noqa: S101
-    batch, channels = x.shape[:2]
-    elements = x.numel()
-    pointers = [None if one is None else one.data_ptr() for one in tensors]
-    library.functions[name, x.dtype](
-        batch, channels, elements // (batch * channels), _is_last(x), threads_for(elements), *pointers
-    )
-
-
-def _is_last(x: torch.Tensor) -> bool:
-    """Whether the channels of a dense map are its last dimension in memory."""
-    return not x.is_contiguous()
-
-
-def _dense(x: torch.Tensor) -> torch.Tensor:
-    """The map in one piece, in the memory format that it has."""
-    if x.is_contiguous() or x.movedim(1, -1).is_contiguous():
-        return x
-    last = x.dim() in (4, 5) and x.is_contiguous(memory_format=_FORMATS[x.dim()])
-    return x.contiguous(memory_format=_FORMATS[x.dim()]) if last else x.contiguous()
-
-
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def _like(given: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
-    """A gradient in the memory format of the map."""
-    if given is None or (given.movedim(1, -1) if _is_last(x) else given).is_contiguous():
-        return given
-    return torch.empty_like(x).copy_(given)
-
-
-def _small(given: torch.Tensor | None) -> torch.Tensor | None:
-    """A gate or its gradient as the kernels read it: float32, in one piece."""
-    return None if given is None else given.to(torch.float32).contiguous()
-
-
-def _by_reference(*given: torch.Tensor | None) -> bool:
-    """Whether a backward pass is to be differentiated itself, or is one of many at once."""
-    if torch.is_grad_enabled():
-        return True
-    functorch = torch._C._functorch
-    return any(
-        functorch.is_legacy_batchedtensor(one) or functorch.is_functorch_wrapped_tensor(one)
-        for one in given
-        if one is not None
-    )
-
-
-def _gradients(
-    function: Callable[..., list[torch.Tensor]], inputs: list[torch.Tensor | None], given: list[torch.Tensor | None]
-) -> list[torch.Tensor | None]:
-    """Gradients, in plain PyTorch and differentiable again, of the inputs that need any.
-
-    They are taken of views: an input may have been computed from another one, and what comes by that way is not asked
-    for here.
-    """
-    with torch.enable_grad():
-        views = [None if one is None else one.view_as(one) for one in inputs]
-        outputs = function(*views)
-    known = [(output, gradient) for output, gradient in zip(outputs, given, strict=True) if gradient is not None]
-    wanted = [one for one in views if one is not None and one.requires_grad]
-    if not known or not wanted:
-        return [None] * len(inputs)
-    found = iter(
-        torch.autograd.grad(
-            [output for output, _ in known],
-            wanted,
-            [gradient for _, gradient in known],
-            create_graph=torch.is_grad_enabled(),
-            allow_unused=True,
-        )
-    )
-    return [next(found) if one is not None and one.requires_grad else None for one in views]
-
-
-def _multiplied(x: torch.Tensor, gate_c: torch.Tensor | None, gate_s: torch.Tensor | None = None) -> list[torch.Tensor]:
-    """What `Apply` computes, in plain PyTorch."""
-    y = x if gate_c is None else reference.apply_gate(x, reference.broadcast(gate_c, x.dim() - 2))
-    return [y if gate_s is None else reference.apply_gate(y, gate_s)]
-
-
-def _summarised(x: torch.Tensor, gate: torch.Tensor | None) -> list[torch.Tensor]:
-    """What `Summary` computes, in plain PyTorch."""
-    return [reference.spatial_summary(_multiplied(x, gate)[0])]
+def _ready(one: Tensor) -> bool:
+    return one.dtype is torch.float32 and one.is_contiguous()

@@ -38,325 +38,353 @@ inline void store(uint16_t* p, Vec v) {
 }
 
 inline Vec splat(float v) { return Vec{v, v, v, v, v, v, v, v}; }
-inline float sum_of(Vec v) { float s = 0; for (int i = 0; i < W; ++i) s += v[i]; return s; }
-inline float max_of(Vec v) { float m = v[0]; for (int i = 1; i < W; ++i) m = v[i] > m ? v[i] : m; return m; }
+inline float sum_of(Vec v) {
+    typedef float Quarter __attribute__((vector_size(2 * W)));
+    Quarter a[2]; std::memcpy(a, &v, sizeof v);
+    const Quarter s = a[0] + a[1];
+    return (s[0] + s[2]) + (s[1] + s[3]);
+}
+inline float max_of(Vec v) {
+    typedef float Quarter __attribute__((vector_size(2 * W)));
+    Quarter a[2]; std::memcpy(a, &v, sizeof v);
+    const Quarter m = a[0] > a[1] ? a[0] : a[1];
+    const float x = m[0] > m[2] ? m[0] : m[2], y = m[1] > m[3] ? m[1] : m[3];
+    return x > y ? x : y;
+}
 inline bool none(Int v) {
     typedef int64_t Long __attribute__((vector_size(4 * W)));
     Long l; std::memcpy(&l, &v, sizeof l);
     return !(l[0] | l[1] | l[2] | l[3]);
 }
+// adds numbers in float32 to sums in double
+typedef double Wide __attribute__((vector_size(8 * W)));
+inline void add_to(double* sum, Vec v) {
+    Wide s; std::memcpy(&s, sum, sizeof s);
+    s += __builtin_convertvector(v, Wide);
+    std::memcpy(sum, &s, sizeof s);
+}
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
-// what a maximum is: its value, its first place, and in how many places it is
-struct Max { float value; int32_t first, count; };
-
-// sum and maximum of x[i] * factor[i], or of x[i] without factors
-template <class T>
-inline float reduce_row(const T* x, const float* factor, int64_t n, Max* max, bool places = true) {
+// sum, and if asked the maximum, of x[i] * factor[i], or of x[i] without factors
+template <bool MAX, bool FACTOR, class T>
+inline float reduce_row(const T* x, const float* factor, int64_t n, float* max) {
     constexpr int64_t BLOCK = 2048;
     double total = 0;
     Vec m0 = splat(LOWEST), m1 = m0;
     float m = LOWEST;
+    auto at = [&](int64_t i) { Vec v = load(x + i); if (FACTOR) v *= load(factor + i); return v; };
+    auto value = [&](int64_t i) { return FACTOR ? get(x + i) * factor[i] : get(x + i); };
     for (int64_t first = 0; first < n; first += BLOCK) {
         const int64_t last = std::min(n, first + BLOCK);
-        Vec s0 = splat(0), s1 = s0, s2 = s0, s3 = s0;
+        Vec s0 = splat(0.f), s1 = s0, s2 = s0, s3 = s0;
         int64_t i = first;
         for (; i + 4 * W <= last; i += 4 * W) {
-            Vec a = load(x + i), b = load(x + i + W), c = load(x + i + 2 * W), d = load(x + i + 3 * W);
-            if (factor) {
-                a *= load(factor + i); b *= load(factor + i + W);
-                c *= load(factor + i + 2 * W); d *= load(factor + i + 3 * W);
-            }
+            const Vec a = at(i), b = at(i + W), c = at(i + 2 * W), d = at(i + 3 * W);
             s0 += a; s1 += b; s2 += c; s3 += d;
-            if (max) {
-                Vec e = a > b ? a : b, f = c > d ? c : d;
+            if (MAX) {
+                const Vec e = a > b ? a : b, f = c > d ? c : d;
                 m0 = e > m0 ? e : m0; m1 = f > m1 ? f : m1;
             }
         }
         for (; i + W <= last; i += W) {
-            Vec a = load(x + i);
-            if (factor) a *= load(factor + i);
+            const Vec a = at(i);
             s0 += a;
-            m0 = a > m0 ? a : m0;
+            if (MAX) m0 = a > m0 ? a : m0;
         }
         float s = 0;
         for (; i < last; ++i) {
-            const float v = factor ? get(x + i) * factor[i] : get(x + i);
+            const float v = value(i);
             s += v;
-            m = v > m ? v : m;
+            if (MAX) m = v > m ? v : m;
         }
         total += double(sum_of((s0 + s1) + (s2 + s3))) + s;
     }
-    if (!max) return float(total);
+    if (!MAX) return float(total);
     m0 = m0 > m1 ? m0 : m1;
     const float inside = max_of(m0);
-    m = inside > m ? inside : m;
-    auto value = [&](int64_t i) { return factor ? get(x + i) * factor[i] : get(x + i); };
-    if (total != total) {
-        // comparisons pass a NaN by; a sum does not
-        for (int64_t i = 0; i < n; ++i)
-            if (value(i) != value(i)) { *max = {value(i), int32_t(i), 1}; return float(total); }
-    }
-    if (!places) { *max = {m, 0, 1}; return float(total); }
-    // the row is in the cache
-    int32_t first = -1, count = 0;
-    const Vec wanted = splat(m);
-    int64_t i = 0;
-    for (; i + W <= n; i += (i + 4 * W <= n ? 4 * W : W)) {
-        Int equal = {};
-        const int steps = i + 4 * W <= n ? 4 : 1;
-        for (int k = 0; k < steps; ++k) {
-            Vec v = load(x + i + k * W);
-            if (factor) v *= load(factor + i + k * W);
-            equal -= v == wanted;
-        }
-        if (none(equal)) continue;
-        int32_t here = 0;
-        for (int k = 0; k < W; ++k) here += equal[k];
-        if (here && first < 0)
-            for (int64_t j = i; first < 0; ++j) if (value(j) == m) first = int32_t(j);
-        count += here;
-    }
-    for (; i < n; ++i)
-        if (value(i) == m) { if (first < 0) first = int32_t(i); ++count; }
-    *max = {m, std::max(first, 0), std::max(count, 1)};
+    *max = inside > m ? inside : m;
+    // comparisons pass a NaN by; a sum does not
+    if (total != total)
+        for (int64_t i = 0; i < n; ++i) if (value(i) != value(i)) { *max = value(i); break; }
     return float(total);
 }
-
-// running sum and maximum of many rows, place by place
-struct Columns {
-    std::vector<float> sum, part, max;
-    std::vector<int32_t> first, count;
-    int64_t rows = 0;
-    explicit Columns(int64_t n, bool with_max, bool with_places)
-        : sum(n, 0.f), part(n, 0.f), max(with_max ? n : 0, LOWEST), first(with_places ? n : 0, 0), count(with_places ? n : 0, 0) {}
-
-    // a row of x * scale * factor; few rows are summed before their sum is added, which keeps it exact
-    template <class T>
-    void add(const T* x, const float* factor, float scale, int32_t place, int64_t n) {
-        const bool with_max = !max.empty(), with_places = !first.empty();
-        const Vec s = splat(scale);
-        const Int here = {place, place, place, place, place, place, place, place};
-        const Int one = {1, 1, 1, 1, 1, 1, 1, 1};
-        int64_t i = 0;
-        for (; i + W <= n; i += W) {
-            Vec v = load(x + i) * s;
-            if (factor) v *= load(factor + i);
-            store(&part[i], load(&part[i]) + v);
-            if (!with_max) continue;
-            const Vec m = load(&max[i]);
-            if (!with_places) { store(&max[i], v > m ? v : m); continue; }
-            const Int more = v > m, equal = v == m;
-            Int c, f;
-            std::memcpy(&c, &count[i], sizeof c); std::memcpy(&f, &first[i], sizeof f);
-            c = more ? one : c - equal;
-            f = more ? here : f;
-            std::memcpy(&count[i], &c, sizeof c); std::memcpy(&first[i], &f, sizeof f);
-            store(&max[i], more ? v : m);
-        }
-        for (; i < n; ++i) {
-            float v = get(x + i) * scale;
-            if (factor) v *= factor[i];
-            part[i] += v;
-            if (!with_max) continue;
-            if (!with_places) { max[i] = v > max[i] ? v : max[i]; continue; }
-            if (v > max[i]) { max[i] = v; first[i] = place; count[i] = 1; }
-            else if (v == max[i]) ++count[i];
-        }
-        if (++rows % 64 == 0) flush(n);
-    }
-    void flush(int64_t n) {
-        for (int64_t i = 0; i < n; ++i) { sum[i] += part[i]; part[i] = 0; }
-    }
-};
-
-// sum of x * weights
-template <class T>
-inline float reduce_products(const T* x, const float* weights, int64_t n) {
-    return reduce_row(x, weights, n, nullptr);
+template <bool MAX, class T>
+inline float reduce_row(const T* x, const float* factor, int64_t n, float* max) {
+    return factor ? reduce_row<MAX, true>(x, factor, n, max) : reduce_row<MAX, false>(x, factor, n, max);
 }
 
-// y = (x * a + b) * c + d, each a row of numbers or a single one
-template <class T>
-inline void linear_row(const T* x, T* y, const float* as, float a, const float* bs, float b, const float* cs, float c,
-                       const float* ds, float d, int64_t n) {
-    const Vec va = splat(a), vb = splat(b), vc = splat(c), vd = splat(d);
+// adds R rows, each times its scale, to running sums, and takes their maximum into running maxima, place by place
+template <int R, bool MAX, class T>
+inline void add_rows(const T* x, int64_t stride, const float* scale, double* sum, float* max, int64_t n) {
     int64_t i = 0;
     for (; i + W <= n; i += W) {
-        Vec v = load(x + i) * (as ? load(as + i) : va) + (bs ? load(bs + i) : vb);
-        store(y + i, v * (cs ? load(cs + i) : vc) + (ds ? load(ds + i) : vd));
+        Vec total = splat(0.f), top = splat(LOWEST);
+        for (int r = 0; r < R; ++r) {
+            Vec v = load(x + r * stride + i);
+            if (scale) v *= splat(scale[r]);
+            total = r ? total + v : v;
+            if (MAX) top = v > top ? v : top;
+        }
+        add_to(sum + i, total);
+        if (MAX) { const Vec m = load(max + i); store(max + i, top > m ? top : m); }
     }
-    for (; i < n; ++i) {
-        const float v = get(x + i) * (as ? as[i] : a) + (bs ? bs[i] : b);
-        put(y + i, v * (cs ? cs[i] : c) + (ds ? ds[i] : d));
-    }
+    for (; i < n; ++i)
+        for (int r = 0; r < R; ++r) {
+            const float v = scale ? get(x + r * stride + i) * scale[r] : get(x + r * stride + i);
+            sum[i] += v;
+            if (MAX) max[i] = v > max[i] ? v : max[i];
+        }
 }
+template <bool MAX, class T>
+inline void reduce_columns(const T* x, int64_t stride, int64_t rows, const float* scale, double* sum, float* max, int64_t n) {
+    int64_t r = 0;
+    for (; r + 8 <= rows; r += 8) add_rows<8, MAX>(x + r * stride, stride, scale ? scale + r : nullptr, sum, max, n);
+    for (; r < rows; ++r) add_rows<1, MAX>(x + r * stride, stride, scale ? scale + r : nullptr, sum, max, n);
+}
+
+// Where maxima are: the last place of each, and in how many places it is.
+struct Places { int32_t *where, *count; };
+inline Int load(const int32_t* p) { Int v; std::memcpy(&v, p, sizeof v); return v; }
+inline void store(int32_t* p, Int v) { std::memcpy(p, &v, sizeof v); }
+inline Int splat(int32_t v) { return Int{v, v, v, v, v, v, v, v}; }
+inline int32_t sum_of(Int v) { int32_t s = 0; for (int i = 0; i < W; ++i) s += v[i]; return s; }
+inline int32_t max_of(Int v) { int32_t m = v[0]; for (int i = 1; i < W; ++i) m = std::max(m, v[i]); return m; }
+inline Places none_yet(int32_t* places, int64_t n) {
+    if (places) std::memset(places, 0, size_t(2 * n) * sizeof(int32_t));
+    return {places, places ? places + n : nullptr};
+}
+// notes for each maximum of W columns that its place is this row
+inline void note(const Places& places, int64_t i, Int equal, int32_t row) {
+    store(places.where + i, equal ? splat(row) : load(places.where + i));
+    store(places.count + i, load(places.count + i) - equal);
+}
+inline void note_one(const Places& places, int64_t i, int64_t where) {
+    places.where[i] = int32_t(where);
+    ++places.count[i];
+}
+// work(where) for all places that may be the maximum: the one, those up to the last of several, or all where it is NaN
+template <class Work>
+inline void each_maximum(int32_t where, int32_t count, int64_t n, const Work& work) {
+    for (int64_t i = count == 1 ? where : 0; i < (count ? where + 1 : n); ++i) work(i);
+}
+// what each of them gets of a gradient
+inline float share_of(float gradient, int32_t count) {
+    return count ? gradient / float(count) : std::numeric_limits<float>::quiet_NaN();
+}
+
+// what a summary or the poolings of a map are, and the gradients that they got; without maxima where dmax is null
+struct Maxima { const float *max, *dmean, *dmax; const int32_t *where, *count; };
 
 // the shape of a map, its order in memory, and the threads that it is worth
 struct Map { int64_t b, c, n; bool last; int threads; };
 
 // positions or channels of which the running sums stay in the first cache
 constexpr int64_t TILE = 512;
-// rows of channels-last maps that one unit of work takes
-inline int64_t rows_of_unit(const Map& map) {
-    const int64_t wanted = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, map.c));
-    const int64_t fair = (map.b * map.n + 4 * map.threads - 1) / (4 * map.threads);
-    return std::max<int64_t>(1, std::min({wanted, fair, map.n}));
-}
+// elements that one unit of work takes at least
+constexpr int64_t UNIT = 16384;
+inline int64_t rows_for(int64_t width) { return std::max<int64_t>(1, UNIT / std::max<int64_t>(1, width)); }
 inline int64_t units(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
-// mean and maximum of each channel over its positions
-template <class T>
-void pool(const Map& map, const T* x, float* mean, float* max, int32_t* first, int32_t* count) {
-    const auto [b, c, n, last, threads] = map;
-    if (!last) {
-        const int64_t rows = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, n)), total = b * c;
-        parallel(threads, units(total, rows), [&](int64_t unit) {
-            for (int64_t row = unit * rows; row < std::min(total, (unit + 1) * rows); ++row) {
-                Max m;
-                mean[row] = reduce_row(x + row * n, static_cast<const float*>(nullptr), n, max ? &m : nullptr, first != nullptr) / float(n);
-                if (max) max[row] = m.value;
-                if (first) { first[row] = m.first; count[row] = m.count; }
-            }
-        });
-        return;
-    }
-    const int64_t rows = rows_of_unit(map), parts = units(n, rows);
-    std::vector<Columns> found(size_t(b * parts), Columns(c, max != nullptr, first != nullptr));
-    parallel(threads, b * parts, [&](int64_t unit) {
-        const int64_t sample = unit / parts, begin = unit % parts * rows;
-        for (int64_t i = begin; i < std::min(n, begin + rows); ++i)
-            found[unit].add(x + (sample * n + i) * c, nullptr, 1.f, int32_t(i), c);
-        found[unit].flush(c);
+// positions of channels-last maps that one unit of work takes
+inline int64_t rows_of_unit(const Map& map) {
+    const int64_t fair = (map.b * map.n + 4 * map.threads - 1) / (4 * map.threads);
+    return std::max<int64_t>(1, std::min({std::max(2 * rows_for(map.c), fair), map.n}));
+}
+// work(row) for all rows, some of them in each unit
+template <class Work>
+inline void each_row(const Map& map, int64_t rows, int64_t width, const Work& work) {
+    const int64_t some = rows_for(width);
+    parallel(map.threads, units(rows, some), [&](int64_t unit) {
+        for (int64_t row = unit * some; row < std::min(rows, (unit + 1) * some); ++row) work(row);
     });
-    parallel(threads, b, [&](int64_t sample) {
+}
+
+// mean and, if asked, maximum of each channel over its positions
+template <class T>
+void pool(const Map& map, const T* x, float* mean, float* max) {
+    const int64_t b = map.b, c = map.c, n = map.n;
+    const bool last = map.last;
+    const int threads = map.threads;
+    if (!last)
+        return each_row(map, b * c, n, [&](int64_t row) {
+            const float* no_factor = nullptr;
+            const float s = max ? reduce_row<true, false>(x + row * n, no_factor, n, max + row)
+                                : reduce_row<false, false>(x + row * n, no_factor, n, nullptr);
+            mean[row] = s / float(n);
+        });
+    const int64_t rows = rows_of_unit(map), parts = units(n, rows);
+    std::vector<double> sums(size_t(b * parts * c), 0.0);
+    std::vector<float> tops(max ? size_t(b * parts * c) : 0, LOWEST);
+    parallel(threads, b * parts, [&](int64_t unit) {
+        const int64_t sample = unit / parts, begin = unit % parts * rows, size = std::min(rows, n - begin);
+        const T* from = x + (sample * n + begin) * c;
+        if (max) reduce_columns<true>(from, c, size, nullptr, &sums[unit * c], &tops[unit * c], c);
+        else reduce_columns<false>(from, c, size, nullptr, &sums[unit * c], nullptr, c);
+    });
+    each_row(map, b, c * parts, [&](int64_t sample) {
         for (int64_t j = 0; j < c; ++j) {
             double total = 0;
-            Max m{LOWEST, 0, 0};
-            for (int64_t part = 0; part < parts; ++part) {
-                const Columns& one = found[sample * parts + part];
-                total += one.sum[j];
-                if (!max) continue;
-                const int32_t place = first ? one.first[j] : 0, places = first ? one.count[j] : 1;
-                if (one.max[j] > m.value || m.count == 0) m = {one.max[j], place, places};
-                else if (one.max[j] == m.value) m.count += places;
+            float top = LOWEST;
+            for (int64_t unit = sample * parts; unit < (sample + 1) * parts; ++unit) {
+                total += sums[unit * c + j];
+                if (max) top = tops[unit * c + j] > top ? tops[unit * c + j] : top;
             }
             if (max && total != total)
                 for (int64_t i = 0; i < n; ++i) {
                     const float v = get(x + (sample * n + i) * c + j);
-                    if (v != v) { m = {v, int32_t(i), 1}; break; }
+                    if (v != v) { top = v; break; }
                 }
-            const int64_t at = sample * c + j;
-            mean[at] = float(total) / float(n);
-            if (max) max[at] = m.value;
-            if (first) { first[at] = m.first; count[at] = std::max(m.count, 1); }
+            mean[sample * c + j] = float(total) / float(n);
+            if (max) max[sample * c + j] = top;
         }
     });
 }
 
 // mean and maximum of each position over its channels, of x or of x with its channels gated
 template <class T>
-void summarise(const Map& map, const T* x, const float* gate, float* mean, float* max, int32_t* first, int32_t* count) {
-    const auto [b, c, n, last, threads] = map;
-    if (last) {
-        const int64_t rows = rows_of_unit(map), total = b * n;
-        parallel(threads, units(total, rows), [&](int64_t unit) {
-            for (int64_t row = unit * rows; row < std::min(total, (unit + 1) * rows); ++row) {
-                Max m;
-                mean[row] = reduce_row(x + row * c, gate ? gate + row / n * c : nullptr, c, &m, first != nullptr) / float(c);
-                max[row] = m.value;
-                if (first) { first[row] = m.first; count[row] = m.count; }
-            }
+void summarise(const Map& map, const T* x, const float* gate, float* mean, float* max) {
+    const int64_t b = map.b, c = map.c, n = map.n;
+    const bool last = map.last;
+    const int threads = map.threads;
+    if (last)
+        return each_row(map, b * n, c, [&](int64_t row) {
+            mean[row] = reduce_row<true>(x + row * c, gate ? gate + row / n * c : nullptr, c, max + row) / float(c);
         });
-        return;
-    }
     const int64_t parts = units(n, TILE);
     parallel(threads, b * parts, [&](int64_t unit) {
         const int64_t sample = unit / parts, begin = unit % parts * TILE, size = std::min(TILE, n - begin);
-        Columns found(size, true, first != nullptr);
-        for (int64_t j = 0; j < c; ++j)
-            found.add(x + (sample * c + j) * n + begin, nullptr, gate ? gate[sample * c + j] : 1.f, int32_t(j), size);
-        found.flush(size);
+        const T* from = x + sample * c * n + begin;
+        const float* scale = gate ? gate + sample * c : nullptr;
+        double sum[TILE] = {};
+        float* top = max + sample * n + begin;
+        std::fill(top, top + size, LOWEST);
+        reduce_columns<true>(from, n, c, scale, sum, top, size);
         for (int64_t i = 0; i < size; ++i) {
-            const int64_t at = sample * n + begin + i;
-            Max m{found.max[i], first ? found.first[i] : 0, first ? std::max(found.count[i], 1) : 1};
-            if (found.sum[i] != found.sum[i])
+            mean[sample * n + begin + i] = float(sum[i]) / float(c);
+            if (sum[i] != sum[i])
                 for (int64_t j = 0; j < c; ++j) {
-                    const float v = get(x + (sample * c + j) * n + begin + i) * (gate ? gate[sample * c + j] : 1.f);
-                    if (v != v) { m = {v, int32_t(j), 1}; break; }
+                    const float v = get(from + j * n + i) * (scale ? scale[j] : 1.f);
+                    if (v != v) { top[i] = v; break; }
                 }
-            mean[at] = found.sum[i] / float(c);
-            max[at] = m.value;
-            if (first) { first[at] = m.first; count[at] = m.count; }
         }
     });
 }
 
-// one row of y = x * by_place[i] * scale, whichever there are, in the order channel, then position
-template <class T>
-inline void gate_row(const T* x, T* y, const float* places, bool has_scale, float scale, bool scale_first, int64_t n) {
+// one row of y = x * places[i] * scale in the order channel, then position, and with a shortcut max(0, that + shortcut)
+template <bool PLACES, bool SCALE, bool SHORTCUT, class T>
+inline void gate_row(const T* x, T* y, const float* places, float scale, bool scale_first, const T* shortcut, int64_t n) {
     const Vec s = splat(scale);
     int64_t i = 0;
     for (; i + W <= n; i += W) {
         Vec v = load(x + i);
-        if (has_scale && scale_first) v *= s;
-        if (places) v *= load(places + i);
-        if (has_scale && !scale_first) v *= s;
+        if (SCALE && scale_first) v *= s;
+        if (PLACES) v *= load(places + i);
+        if (SCALE && !scale_first) v *= s;
+        if (SHORTCUT) { v += load(shortcut + i); v = v < splat(0.f) ? splat(0.f) : v; }
         store(y + i, v);
     }
     for (; i < n; ++i) {
         float v = get(x + i);
-        if (has_scale && scale_first) v *= scale;
-        if (places) v *= places[i];
-        if (has_scale && !scale_first) v *= scale;
+        if (SCALE && scale_first) v *= scale;
+        if (PLACES) v *= places[i];
+        if (SCALE && !scale_first) v *= scale;
+        if (SHORTCUT) { v += get(shortcut + i); v = v < 0 ? 0 : v; }
         put(y + i, v);
     }
 }
 
-// y = x * channel gate * spatial gate
+// y = x * channel gate * spatial gate, or max(0, that + shortcut)
 template <class T>
-void apply(const Map& map, const T* x, const float* channel, const float* spatial, T* y) {
-    const auto [b, c, n, last, threads] = map;
-    const int64_t width = last ? c : n, total = last ? b * n : b * c;
-    const int64_t rows = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width));
-    parallel(threads, units(total, rows), [&](int64_t unit) {
-        for (int64_t row = unit * rows; row < std::min(total, (unit + 1) * rows); ++row) {
-            const int64_t sample = row / (last ? n : c);
-            const float* places = last ? channel : spatial;
-            const float* scales = last ? spatial : channel;
-            gate_row(x + row * width, y + row * width, places ? places + sample * width : nullptr, scales != nullptr,
-                     scales ? scales[row] : 1.f, !last, width);
-        }
-    });
+void apply(const Map& map, const T* x, const float* channel, const float* spatial, const T* shortcut, T* y) {
+    const int64_t b = map.b, c = map.c, n = map.n;
+    const bool last = map.last;
+    const int64_t width = last ? c : n, height = last ? n : c;
+    const float* places = last ? channel : spatial;
+    const float* scales = last ? spatial : channel;
+    auto rows = [&](auto has_places, auto has_scales, auto has_shortcut) {
+        each_row(map, b * height, width, [&](int64_t row) {
+            gate_row<has_places, has_scales, has_shortcut>(
+                x + row * width, y + row * width, places ? places + row / height * width : nullptr,
+                scales ? scales[row] : 1.f, !last, shortcut ? shortcut + row * width : nullptr, width);
+        });
+    };
+    auto with = [&](auto has_shortcut) {
+        if (places && scales) rows(std::true_type{}, std::true_type{}, has_shortcut);
+        else if (places) rows(std::true_type{}, std::false_type{}, has_shortcut);
+        else rows(std::false_type{}, std::true_type{}, has_shortcut);
+    };
+    if (shortcut) with(std::true_type{});
+    else with(std::false_type{});
 }
 
-// one row of t = x * dy: adds t * scale to sums, and returns the sum of t * places
-template <class T>
-inline float products_row(const T* x, const T* dy, const float* places, float scale, float* sums, int64_t n) {
-    Vec s0 = splat(0), s1 = s0;
-    const Vec s = splat(scale);
+// What the gradients of the gates are computed from, row by row. A row is a channel or, channels last, a position.
+struct Rows {
+    int64_t width, stride;
+    // gates of the row, and of the places in it
+    const float *own, *across;
+    // maxima over the channels, for the rows or for the places in them, of the map with its channels gated or not
+    const float* max;
+    bool gated;
+    Places places;
+};
+enum Find { NOTHING, IN_ROWS, ACROSS_ROWS };
+template <Find FIND> using Finding = std::integral_constant<Find, FIND>;
+
+// R rows of t = x * dy: their sums of t * across into found, and sums over the rows of t * own added to sums; and where
+// the maxima are
+template <int R, bool DOWN, bool ACROSS, Find FIND, class T>
+inline void product_rows(const Rows& rows, int64_t row, const T* x, const T* dy, float* found, double* sums) {
+    const int64_t n = rows.width;
+    const Int steps = {0, 1, 2, 3, 4, 5, 6, 7};
+    Vec s[R], own[R], top[R];
+    Int where[R], count[R];
+    float rest[R];
+    for (int r = 0; r < R; ++r) {
+        s[r] = splat(0.f); rest[r] = 0; where[r] = count[r] = splat(0);
+        own[r] = splat(rows.own ? rows.own[row + r] : 1.f);
+        top[r] = splat(FIND == IN_ROWS ? rows.max[row + r] : 0.f);
+    }
     int64_t i = 0;
-    for (; i + 2 * W <= n; i += 2 * W) {
-        const Vec a = load(x + i) * load(dy + i), b = load(x + i + W) * load(dy + i + W);
-        if (sums) { store(sums + i, load(sums + i) + a * s); store(sums + i + W, load(sums + i + W) + b * s); }
-        s0 += places ? a * load(places + i) : a;
-        s1 += places ? b * load(places + i + W) : b;
+    for (; i + W <= n; i += W) {
+        const Vec a = rows.across ? load(rows.across + i) : splat(1.f);
+        Vec total = splat(0.f);
+        for (int r = 0; r < R; ++r) {
+            const Vec v = load(x + r * rows.stride + i);
+            const Vec t = v * load(dy + r * rows.stride + i);
+            if (ACROSS) total += t * own[r];
+            if (DOWN) s[r] += t * a;
+            if (FIND == ACROSS_ROWS) note(rows.places, i, (rows.gated ? v * own[r] : v) == load(rows.max + i), int32_t(row + r));
+            if (FIND == IN_ROWS) {
+                const Int equal = (rows.gated ? v * a : v) == top[r];
+                where[r] = equal ? steps + int32_t(i) : where[r];
+                count[r] -= equal;
+            }
+        }
+        if (ACROSS) add_to(sums + i, total);
     }
-    float rest = 0;
-    for (; i < n; ++i) {
-        const float t = get(x + i) * get(dy + i);
-        if (sums) sums[i] += t * scale;
-        rest += places ? t * places[i] : t;
+    for (int r = 0; r < R && FIND == IN_ROWS; ++r) {
+        rows.places.where[row + r] = max_of(where[r]);
+        rows.places.count[row + r] = sum_of(count[r]);
     }
-    return sum_of(s0 + s1) + rest;
+    for (; i < n; ++i)
+        for (int r = 0; r < R; ++r) {
+            const float v = get(x + r * rows.stride + i), t = v * get(dy + r * rows.stride + i);
+            const float a = rows.across ? rows.across[i] : 1.f;
+            if (ACROSS) sums[i] += t * own[r][0];
+            if (DOWN) rest[r] += t * a;
+            if (FIND == ACROSS_ROWS && (rows.gated ? v * own[r][0] : v) == rows.max[i]) note_one(rows.places, i, row + r);
+            if (FIND == IN_ROWS && (rows.gated ? v * a : v) == rows.max[row + r]) note_one(rows.places, row + r, i);
+        }
+    for (int r = 0; r < R && DOWN; ++r) found[r] = sum_of(s[r]) + rest[r];
 }
 
-// gradients of both gates from that of y; either gate may be absent, and then its gradient is as well
+// Gradients of both gates from that of y; either gate may be absent, and then its gradient is as well. With maxima over
+// the channels, of the map whose channels are gated or of the map, also where they are.
 template <class T>
-void grad_gates(const Map& map, const T* x, const T* dy, const float* channel, const float* spatial, float* dchannel,
-                float* dspatial) {
-    const auto [b, c, n, last, threads] = map;
-    // a row is a channel or a position; its own gate is one number, that across is a row of numbers
+void grad_gates(const Map& map, const T* x, const T* dy, const float* channel, const float* spatial, const float* max,
+                bool gated, float* dchannel, float* dspatial, int32_t* places) {
+    const int64_t b = map.b, c = map.c, n = map.n;
+    const bool last = map.last;
+    const int threads = map.threads;
     const int64_t width = last ? c : n, height = last ? n : c;
     const float* across = last ? channel : spatial;
     const float* own = last ? spatial : channel;
@@ -364,150 +392,262 @@ void grad_gates(const Map& map, const T* x, const T* dy, const float* channel, c
     float* down = last ? dspatial : dchannel;
     const int64_t tile = last ? width : TILE, tall = last ? rows_of_unit(map) : height;
     const int64_t wide_parts = units(width, tile), tall_parts = units(height, tall);
-    std::vector<float> partial_own(down ? size_t(b * height * wide_parts) : 0);
-    std::vector<float> partial_across(dacross ? size_t(b * width * tall_parts) : 0);
-    parallel(threads, b * wide_parts * tall_parts, [&](int64_t unit) {
-        const int64_t sample = unit / (wide_parts * tall_parts), wide = unit / tall_parts % wide_parts, high = unit % tall_parts;
-        const int64_t begin = wide * tile, size = std::min(tile, width - begin);
-        std::vector<float> part(dacross ? size : 0, 0.f);
-        float* sums = dacross ? &partial_across[(sample * tall_parts + high) * width + begin] : nullptr;
-        const int64_t end = std::min(height, (high + 1) * tall);
-        for (int64_t row = high * tall; row < end; ++row) {
-            const int64_t at = sample * height + row, from = at * width + begin;
-            const float found = products_row(x + from, dy + from, across ? across + sample * width + begin : nullptr,
-                                             own ? own[at] : 1.f, dacross ? part.data() : nullptr, size);
-            if (down) partial_own[at * wide_parts + wide] = found;
-            if (dacross && ((row + 1) % 64 == 0 || row + 1 == end))
-                for (int64_t i = 0; i < size; ++i) { sums[i] += part[i]; part[i] = 0; }
-        }
-    });
-    if (down)
-        for (int64_t at = 0; at < b * height; ++at) {
+    std::vector<float> partial_own(down && wide_parts > 1 ? size_t(b * height * wide_parts) : 0);
+    std::vector<double> partial_across(dacross ? size_t(b * width * tall_parts) : 0, 0.0);
+    const Places all_places = none_yet(places, b * n);
+    auto all = [&](auto has_down, auto has_across, auto find) {
+        parallel(threads, b * wide_parts * tall_parts, [&](int64_t unit) {
+            const int64_t sample = unit / (wide_parts * tall_parts), wide = unit / tall_parts % wide_parts, high = unit % tall_parts;
+            const int64_t begin = wide * tile, size = std::min(tile, width - begin), end = std::min(height, (high + 1) * tall);
+            const int64_t before = sample * height, place = sample * width + begin, at = last ? before : place;
+            const Rows rows{size, width, own ? own + before : nullptr, across ? across + place : nullptr,
+                            max ? max + at : nullptr, gated, {all_places.where + (max ? at : 0), all_places.count + (max ? at : 0)}};
+            double* sums = dacross ? &partial_across[(sample * tall_parts + high) * width + begin] : nullptr;
+            for (int64_t row = high * tall; row < end;) {
+                const int64_t from = (before + row) * width + begin;
+                float found[4];
+                const int some = row + 4 <= end ? 4 : 1;
+                if (some == 4) product_rows<4, has_down, has_across, find>(rows, row, x + from, dy + from, found, sums);
+                else product_rows<1, has_down, has_across, find>(rows, row, x + from, dy + from, found, sums);
+                for (int r = 0; r < some && has_down; ++r)
+                    (wide_parts > 1 ? partial_own.data() : down)[(before + row + r) * wide_parts + wide] = found[r];
+                row += some;
+            }
+        });
+    };
+    auto with = [&](auto has_down, auto has_across) {
+        if (!max) all(has_down, has_across, Finding<NOTHING>{});
+        else if (last) all(has_down, has_across, Finding<IN_ROWS>{});
+        else all(has_down, has_across, Finding<ACROSS_ROWS>{});
+    };
+    if (down && dacross) with(std::true_type{}, std::true_type{});
+    else if (down) with(std::true_type{}, std::false_type{});
+    else with(std::false_type{}, std::true_type{});
+    if (down && wide_parts > 1)
+        each_row(map, b * height, wide_parts, [&](int64_t at) {
             double total = 0;
             for (int64_t part = 0; part < wide_parts; ++part) total += partial_own[at * wide_parts + part];
             down[at] = float(total);
-        }
+        });
     if (dacross)
-        for (int64_t sample = 0; sample < b; ++sample)
-            for (int64_t i = 0; i < width; ++i) {
-                double total = 0;
-                for (int64_t part = 0; part < tall_parts; ++part)
-                    total += partial_across[(sample * tall_parts + part) * width + i];
-                dacross[sample * width + i] = float(total);
-            }
+        each_row(map, b * width, tall_parts, [&](int64_t at) {
+            double total = 0;
+            for (int64_t part = 0; part < tall_parts; ++part)
+                total += partial_across[(at / width * tall_parts + part) * width + at % width];
+            dacross[at] = float(total);
+        });
 }
 
-// adds to the gradient of the channel gate what comes to it by the summary: sum of x * (dmean / C + dmax where largest)
+// where a row is its maximum
 template <class T>
-void grad_summary(const Map& map, const T* x, const float* channel, const Summary& summary, float* dchannel) {
-    const auto [b, c, n, last, threads] = map;
-    std::vector<float> weights(size_t(b * n));
-    for (int64_t i = 0; i < b * n; ++i) weights[i] = summary.dmean[i] / float(c);
-    auto value = [&, c = c, n = n, last = last](int64_t sample, int64_t j, int64_t i) {
-        return get(x + (last ? (sample * n + i) * c + j : (sample * c + j) * n + i));
-    };
-    const int64_t rows = last ? rows_of_unit(map) : std::max<int64_t>(1, 16384 / std::max<int64_t>(1, n));
+inline void find_in_row(const T* x, int64_t n, float max, int32_t* where, int32_t* count) {
+    const Vec top = splat(max);
+    Int last = splat(0), found = last, here = {0, 1, 2, 3, 4, 5, 6, 7};
+    int64_t i = 0;
+    for (; i + W <= n; i += W, here += W) {
+        const Int equal = load(x + i) == top;
+        last = equal ? here : last;
+        found -= equal;
+    }
+    *where = max_of(last);
+    *count = sum_of(found);
+    for (; i < n; ++i) if (get(x + i) == max) { *where = int32_t(i); ++*count; }
+}
+
+// where some rows are the maxima of their columns
+template <class T>
+inline void find_in_rows(const T* x, int64_t n, int32_t row, int64_t rows, const float* max, const Places& places) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+        const Vec top = load(max + i);
+        Int where = load(places.where + i), count = load(places.count + i);
+        for (int64_t r = 0; r < rows; ++r) {
+            const Int equal = load(x + r * n + i) == top;
+            where = equal ? splat(int32_t(row + r)) : where;
+            count -= equal;
+        }
+        store(places.where + i, where);
+        store(places.count + i, count);
+    }
+    for (; i < n; ++i)
+        for (int64_t r = 0; r < rows; ++r) if (get(x + r * n + i) == max[i]) note_one(places, i, row + r);
+}
+
+// Adds to the gradient of the channel gate what comes to it by the summary, sum of x * (dmean / C + dmax where largest),
+// where there is a summary; and finds where the maxima over the positions are, where they are given.
+template <class T>
+void grad_summary(const Map& map, const T* x, const float* channel, const Maxima* summary, const float* max, float* dchannel,
+                  int32_t* places) {
+    const int64_t b = map.b, c = map.c, n = map.n;
+    const bool last = map.last;
+    const int threads = map.threads;
+    std::vector<float> weights(summary ? size_t(b * n) : 0);
+    for (size_t i = 0; i < weights.size(); ++i) weights[i] = summary->dmean[i] / float(c);
     if (!last) {
-        parallel(threads, units(b * c, rows), [&, b = b, c = c, n = n](int64_t unit) {
-            for (int64_t row = unit * rows; row < std::min(b * c, (unit + 1) * rows); ++row)
-                dchannel[row] += reduce_products(x + row * n, &weights[row / c * n], n);
+        each_row(map, b * c, n, [&](int64_t row) {
+            // the row is in the first or second cache when it is read again
+            if (summary) dchannel[row] += reduce_row<false, true>(x + row * n, &weights[row / c * n], n, nullptr);
+            if (max) find_in_row(x + row * n, n, max[row], places + row, places + b * c + row);
         });
     } else {
-        const int64_t parts = units(n, rows);
-        std::vector<Columns> found(size_t(b * parts), Columns(c, false, false));
-        parallel(threads, b * parts, [&, c = c, n = n](int64_t unit) {
-            const int64_t sample = unit / parts, begin = unit % parts * rows;
-            for (int64_t i = begin; i < std::min(n, begin + rows); ++i)
-                found[unit].add(x + (sample * n + i) * c, nullptr, weights[sample * n + i], 0, c);
-            found[unit].flush(c);
+        const int64_t rows = rows_of_unit(map), parts = units(n, rows);
+        std::vector<double> sums(summary ? size_t(b * parts * c) : 0, 0.0);
+        std::vector<int32_t> noted(max ? size_t(2 * b * parts * c) : 0);
+        parallel(threads, b * parts, [&](int64_t unit) {
+            const int64_t sample = unit / parts, begin = unit % parts * rows, size = std::min(rows, n - begin);
+            const T* from = x + (sample * n + begin) * c;
+            const float* top = max ? max + sample * c : nullptr;
+            const Places here = none_yet(max ? &noted[2 * unit * c] : nullptr, c);
+            // few rows at a time, which are in the cache when they are read again
+            for (int64_t row = 0; row < size; row += 8) {
+                const int64_t some = std::min<int64_t>(8, size - row);
+                if (summary) reduce_columns<false>(from + row * c, c, some, &weights[sample * n + begin + row], &sums[unit * c], nullptr, c);
+                if (max) find_in_rows(from + row * c, c, int32_t(begin + row), some, top, here);
+            }
         });
-        for (int64_t unit = 0; unit < b * parts; ++unit)
-            for (int64_t j = 0; j < c; ++j) dchannel[unit / parts * c + j] += found[unit].sum[j];
+        each_row(map, b, c * parts, [&](int64_t sample) {
+            for (int64_t j = 0; j < c; ++j) {
+                double total = 0;
+                int32_t where = 0, count = 0;
+                for (int64_t unit = sample * parts; unit < (sample + 1) * parts; ++unit) {
+                    if (summary) total += sums[unit * c + j];
+                    if (!max || !noted[(2 * unit + 1) * c + j]) continue;
+                    where = noted[2 * unit * c + j];
+                    count += noted[(2 * unit + 1) * c + j];
+                }
+                if (summary) dchannel[sample * c + j] += float(total);
+                if (max) { places[sample * c + j] = where; places[(b + sample) * c + j] = count; }
+            }
+        });
     }
-    parallel(threads, b, [&, c = c, n = n](int64_t sample) {
+    if (!summary) return;
+    each_row(map, b, c * n, [&](int64_t sample) {
         std::vector<double> total(size_t(c), 0.0);
         for (int64_t i = 0; i < n; ++i) {
             const int64_t at = sample * n + i;
-            const float share = summary.dmax[at] / float(summary.count[at]);
-            if (summary.count[at] == 1) { total[summary.first[at]] += double(value(sample, summary.first[at], i)) * share; continue; }
-            for (int64_t j = summary.first[at]; j < c; ++j) {
-                const float v = value(sample, j, i);
-                if (v * channel[sample * c + j] == summary.max[at]) total[j] += double(v) * share;
-            }
+            const int32_t count = summary->count[at];
+            const float share = share_of(summary->dmax[at], count);
+            each_maximum(summary->where[at], count, c, [&](int64_t j) {
+                const float v = get(x + (last ? at * c + j : (sample * c + j) * n + i));
+                if (count == 1 || v * (channel ? channel[sample * c + j] : 1.f) == summary->max[at]) total[j] += double(v) * share;
+                else if (!count) total[j] += share;
+            });
         }
         for (int64_t j = 0; j < c; ++j) dchannel[sample * c + j] += float(total[j]);
     });
 }
 
-// the gradient of x: from y, from the summary of the gated map, and from the poolings
+// one row of y = (x * as[i] * a + bs[i] + b) * c * cs[i] + ds[i] + d
+struct Linear { const float *as, *bs, *cs, *ds; float a, b, c, d; };
+template <bool LAST, bool GATED, bool SUMMARY, bool POOLS, class T>
+inline void linear_row(const T* x, T* y, const Linear& p, int64_t n) {
+    // channels first: as spatial, bs summary, c channel, d pools; last: a spatial, b summary, cs channel, ds pools
+    const Vec a = splat(p.a), b = splat(p.b), c = splat(p.c), d = splat(p.d);
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+        Vec v = load(x + i);
+        if (LAST) v *= a;
+        else if (GATED) v *= load(p.as + i);
+        if (SUMMARY) v += LAST ? b : load(p.bs + i);
+        if (!LAST) v *= c;
+        else if (GATED) v *= load(p.cs + i);
+        if (POOLS) v += LAST ? load(p.ds + i) : d;
+        store(y + i, v);
+    }
+    for (; i < n; ++i) {
+        float v = get(x + i);
+        v *= LAST ? p.a : GATED ? p.as[i] : 1.f;
+        if (SUMMARY) v += LAST ? p.b : p.bs[i];
+        v *= LAST ? (GATED ? p.cs[i] : 1.f) : p.c;
+        if (POOLS) v += LAST ? p.ds[i] : p.d;
+        put(y + i, v);
+    }
+}
+
+// the gradient of x: from y if there is any, from the summary of the gated map, and from the poolings
 template <class T>
-void grad_input(const Map& map, const T* x, const T* dy, const float* channel, const float* spatial,
-                const Summary* summary, const Pools* pools, T* dx) {
-    const auto [b, c, n, last, threads] = map;
+void grad_input(const Map& map, const T* x, const T* dy, const float* channel, const float* spatial, const Maxima* summary,
+                const Maxima* pools, T* dx) {
+    const int64_t b = map.b, c = map.c, n = map.n;
+    const bool last = map.last;
     const int64_t width = last ? c : n, height = last ? n : c;
-    std::vector<float> means(summary ? size_t(b * n) : 0), pooled(pools ? size_t(b * c) : 0);
+    std::vector<float> means(summary ? size_t(b * n) : 0), pooled(pools ? size_t(b * c) : 0, 0.f);
     for (size_t i = 0; i < means.size(); ++i) means[i] = summary->dmean[i] / float(c);
-    for (size_t i = 0; i < pooled.size(); ++i) pooled[i] = pools->dmean[i] / float(n);
-    const int64_t rows = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width)), total = b * height;
-    parallel(threads, units(total, rows), [&, width = width, height = height, last = last](int64_t unit) {
-        for (int64_t row = unit * rows; row < std::min(total, (unit + 1) * rows); ++row) {
-            const int64_t sample = row / height;
-            const float* across = last ? channel : spatial;
-            const float* own = last ? spatial : channel;
-            if (last)
-                // dx = (dy * spatial + mean) * channel + pooled, the first and second by row
-                linear_row(dy + row * width, dx + row * width, static_cast<const float*>(nullptr), own ? own[row] : 1.f,
-                           static_cast<const float*>(nullptr), summary ? means[row] : 0.f, across ? across + sample * width : nullptr, 1.f,
-                           pools ? &pooled[sample * width] : nullptr, 0.f, width);
-            else
-                linear_row(dy + row * width, dx + row * width, across ? across + sample * width : nullptr, 1.f,
-                           summary ? &means[sample * width] : nullptr, 0.f, static_cast<const float*>(nullptr), own ? own[row] : 1.f,
-                           static_cast<const float*>(nullptr), pools ? pooled[row] : 0.f, width);
-        }
-    });
-    auto at = [&, c = c, n = n, last = last](int64_t sample, int64_t j, int64_t i) {
+    for (size_t i = 0; pools && pools->dmean && i < pooled.size(); ++i) pooled[i] = pools->dmean[i] / float(n);
+    const float* across = last ? channel : spatial;
+    const float* own = last ? spatial : channel;
+    auto rows = [&](auto is_last, auto is_gated, auto has_summary, auto has_pools) {
+        each_row(map, b * height, width, [&](int64_t row) {
+            const int64_t before = row / height * width;
+            const float* gates = across ? across + before : nullptr;
+            const float gate = own ? own[row] : 1.f;
+            if (!dy) {
+                // neither is gated where nothing comes from y
+                for (int64_t i = 0; i < width; ++i) {
+                    float v = has_summary ? means[last ? row : before + i] : 0.f;
+                    if (has_pools) v += pooled[last ? before + i : row];
+                    put(dx + row * width + i, v);
+                }
+                return;
+            }
+            const Linear p = is_last
+                ? Linear{nullptr, nullptr, gates, has_pools ? &pooled[before] : nullptr, gate, has_summary ? means[row] : 0.f, 1, 0}
+                : Linear{gates, has_summary ? &means[before] : nullptr, nullptr, nullptr, 1, 0, gate, has_pools ? pooled[row] : 0.f};
+            linear_row<is_last, is_gated, has_summary, has_pools>(dy + row * width, dx + row * width, p, width);
+        });
+    };
+    auto with_pools = [&](auto is_last, auto is_gated, auto has_summary) {
+        if (pools) rows(is_last, is_gated, has_summary, std::true_type{});
+        else rows(is_last, is_gated, has_summary, std::false_type{});
+    };
+    auto with_summary = [&](auto is_last, auto is_gated) {
+        if (summary) with_pools(is_last, is_gated, std::true_type{});
+        else with_pools(is_last, is_gated, std::false_type{});
+    };
+    auto with_gates = [&](auto is_last) {
+        if (across) with_summary(is_last, std::true_type{});
+        else with_summary(is_last, std::false_type{});
+    };
+    if (last) with_gates(std::true_type{});
+    else with_gates(std::false_type{});
+    auto at = [&](int64_t sample, int64_t j, int64_t i) {
         return last ? (sample * n + i) * c + j : (sample * c + j) * n + i;
     };
-    if (summary)
-        parallel(threads, b, [&, c = c, n = n](int64_t sample) {
-            for (int64_t i = 0; i < n; ++i) {
-                const int64_t place = sample * n + i;
-                const float share = summary->dmax[place] / float(summary->count[place]);
-                const bool many = summary->count[place] > 1;
-                for (int64_t j = summary->first[place]; j < (many ? c : summary->first[place] + 1); ++j) {
-                    const float gate = channel ? channel[sample * c + j] : 1.f;
-                    const int64_t here = at(sample, j, i);
-                    if (!many || get(x + here) * gate == summary->max[place]) put(dx + here, get(dx + here) + share * gate);
-                }
-            }
+    // one maximum writes to no element that another one of the same kind writes to
+    if (summary && summary->dmax)
+        each_row(map, b * n, 64, [&](int64_t where) {
+            const int32_t count = summary->count[where];
+            const float share = share_of(summary->dmax[where], count);
+            each_maximum(summary->where[where], count, c, [&](int64_t j) {
+                const float gate = channel ? channel[where / n * c + j] : 1.f;
+                const int64_t here = at(where / n, j, where % n);
+                if (count <= 1 || get(x + here) * gate == summary->max[where]) put(dx + here, get(dx + here) + share * gate);
+            });
         });
-    if (pools && pools->max)
-        parallel(threads, b, [&, c = c, n = n](int64_t sample) {
-            for (int64_t j = 0; j < c; ++j) {
-                const int64_t place = sample * c + j;
-                const float share = pools->dmax[place] / float(pools->count[place]);
-                const bool many = pools->count[place] > 1;
-                for (int64_t i = pools->first[place]; i < (many ? n : pools->first[place] + 1); ++i) {
-                    const int64_t here = at(sample, j, i);
-                    if (!many || get(x + here) == pools->max[place]) put(dx + here, get(dx + here) + share);
-                }
-            }
+    if (pools && pools->dmax)
+        each_row(map, b * c, 64, [&](int64_t where) {
+            const int32_t count = pools->count[where];
+            const float share = share_of(pools->dmax[where], count);
+            each_maximum(pools->where[where], count, n, [&](int64_t i) {
+                const int64_t here = at(where / c, where % c, i);
+                if (count <= 1 || get(x + here) == pools->max[where]) put(dx + here, get(dx + here) + share);
+            });
         });
 }
 
-// The convolution between summary and gate: two channels to one, an odd window, zeros around.
+// The convolution between summary and gate: two channels to one, an odd window, zeros around; and norm and sigmoid behind it.
 
-struct Plane { int64_t b, h, w, k; int threads; };
+struct Plane { int64_t b, h, w, kh, kw; int threads; };
 
 // what the windows of some rows of a plane see: zeros around it, and rows of a multiple of W and a window more
 struct Padded {
     int64_t stride, top;
     std::vector<float> values;
     Padded(const Plane& p, const float* plane, int64_t begin, int64_t end)
-        : stride((p.w + W - 1) / W * W + p.k + W), top(begin), values(size_t((end - begin + p.k - 1) * stride), 0.f) {
-        const int64_t around = p.k / 2;
+        : stride((p.w + W - 1) / W * W + p.kw + W), top(begin), values(size_t((end - begin + p.kh - 1) * stride), 0.f) {
+        const int64_t around = p.kh / 2;
         for (int64_t y = std::max<int64_t>(0, begin - around); y < std::min(p.h, end + around); ++y)
-            std::memcpy(&values[(y - begin + around) * stride + around], plane + y * p.w, p.w * sizeof(float));
+            std::memcpy(&values[(y - begin + around) * stride + p.kw / 2], plane + y * p.w, p.w * sizeof(float));
     }
     // the first row that the window of row y sees
     const float* row(int64_t y) const { return &values[(y - top) * stride]; }
@@ -518,25 +658,26 @@ inline void store_some(float* p, Vec v, int64_t n) {
     else for (int64_t i = 0; i < n; ++i) p[i] = v[i];
 }
 
-// rows of the sum of planes correlated with windows of k x k, each weight given once or `flipped`
-inline void correlate(const Padded* const* planes, int count, const float* weights, bool flipped, int64_t k, int64_t begin,
-                      int64_t end, int64_t w, float* out) {
+// rows of the sum of planes correlated with windows of kh x kw, each weight given once or `flipped`
+inline void correlate(const Padded* const* planes, int count, const float* weights, bool flipped, const Plane& p, int64_t begin,
+                      int64_t end, float* out) {
+    const int64_t w = p.w, kh = p.kh, kw = p.kw;
     for (int64_t y = begin; y < end; ++y)
         for (int64_t x = 0; x < w; x += 4 * W) {
-            Vec a[4] = {splat(0), splat(0), splat(0), splat(0)};
+            Vec a[4] = {splat(0.f), splat(0.f), splat(0.f), splat(0.f)};
             for (int plane = 0; plane < count; ++plane)
-                for (int64_t ky = 0; ky < k; ++ky) {
+                for (int64_t ky = 0; ky < kh; ++ky) {
                     const float* row = planes[plane]->row(y + ky) + x;
-                    const float* line = weights + (plane * k + (flipped ? k - 1 - ky : ky)) * k;
+                    const float* line = weights + (plane * kh + (flipped ? kh - 1 - ky : ky)) * kw;
                     const int64_t blocks = std::min<int64_t>(4, (w - x + W - 1) / W);
                     if (blocks == 4)
-                        for (int64_t kx = 0; kx < k; ++kx) {
-                            const Vec v = splat(line[flipped ? k - 1 - kx : kx]);
+                        for (int64_t kx = 0; kx < kw; ++kx) {
+                            const Vec v = splat(line[flipped ? kw - 1 - kx : kx]);
                             for (int b = 0; b < 4; ++b) a[b] += v * load(row + kx + b * W);
                         }
                     else
-                        for (int64_t kx = 0; kx < k; ++kx) {
-                            const Vec v = splat(line[flipped ? k - 1 - kx : kx]);
+                        for (int64_t kx = 0; kx < kw; ++kx) {
+                            const Vec v = splat(line[flipped ? kw - 1 - kx : kx]);
                             for (int64_t b = 0; b < blocks; ++b) a[b] += v * load(row + kx + b * W);
                         }
                 }
@@ -554,14 +695,14 @@ inline void conv(const Plane& p, const float* summary, const float* weight, floa
         const int64_t sample = unit / parts, part = unit % parts, begin = p.h * part / parts, end = p.h * (part + 1) / parts;
         const Padded mean(p, summary + sample * n, begin, end), max(p, summary + (p.b + sample) * n, begin, end);
         const Padded* planes[2] = {&mean, &max};
-        correlate(planes, 2, weight, false, p.k, begin, end, p.w, out + sample * n);
+        correlate(planes, 2, weight, false, p, begin, end, out + sample * n);
     });
 }
 
-// gradients of the summary, (2, B, H, W), and of the weights, (2, k, k)
+// gradients of the summary, (2, B, H, W), and of the weights, (2, kh, kw)
 inline void grad_conv(const Plane& p, const float* summary, const float* weight, const float* dout, float* dsummary,
                       float* dweight) {
-    const int64_t n = p.h * p.w, k = p.k, size = 2 * k * k, parts = parts_of(p);
+    const int64_t n = p.h * p.w, kh = p.kh, kw = p.kw, size = 2 * kh * kw, parts = parts_of(p);
     std::vector<double> partial(dweight ? size_t(p.b * parts * size) : 0, 0.0);
     parallel(p.threads, p.b * parts, [&](int64_t unit) {
         const int64_t sample = unit / parts, part = unit % parts, begin = p.h * part / parts, end = p.h * (part + 1) / parts;
@@ -570,7 +711,7 @@ inline void grad_conv(const Plane& p, const float* summary, const float* weight,
             const Padded padded(p, dy, begin, end);
             const Padded* planes[1] = {&padded};
             for (int c = 0; c < 2; ++c)
-                correlate(planes, 1, weight + c * k * k, true, k, begin, end, p.w, dsummary + (c * p.b + sample) * n);
+                correlate(planes, 1, weight + c * kh * kw, true, p, begin, end, dsummary + (c * p.b + sample) * n);
         }
         if (!dweight) return;
         std::vector<float> line(size_t((p.w + W - 1) / W * W), 0.f);
@@ -578,12 +719,12 @@ inline void grad_conv(const Plane& p, const float* summary, const float* weight,
             const Padded padded(p, summary + (c * p.b + sample) * n, begin, end);
             for (int64_t y = begin; y < end; ++y) {
                 std::memcpy(line.data(), dy + y * p.w, p.w * sizeof(float));
-                for (int64_t ky = 0; ky < k; ++ky) {
+                for (int64_t ky = 0; ky < kh; ++ky) {
                     const float* row = padded.row(y + ky);
-                    double* found = &partial[unit * size + (c * k + ky) * k];
-                    for (int64_t kx = 0; kx < k; kx += 4) {
-                        Vec a[4] = {splat(0), splat(0), splat(0), splat(0)};
-                        const int64_t many = std::min<int64_t>(4, k - kx);
+                    double* found = &partial[unit * size + (c * kh + ky) * kw];
+                    for (int64_t kx = 0; kx < kw; kx += 4) {
+                        Vec a[4] = {splat(0.f), splat(0.f), splat(0.f), splat(0.f)};
+                        const int64_t many = std::min<int64_t>(4, kw - kx);
                         if (many == 4)
                             for (int64_t x = 0; x < p.w; x += W) {
                                 const Vec d = load(&line[x]);
@@ -606,5 +747,142 @@ inline void grad_conv(const Plane& p, const float* summary, const float* weight,
             for (int64_t unit = 0; unit < p.b * parts; ++unit) total += partial[unit * size + i];
             dweight[i] = float(total);
         }
+}
+
+// e to the power of each number, to two units in the last place
+inline Vec exp_of(Vec x) {
+    const Vec low = splat(-87.33654f), high = splat(88.72283f);
+    Vec bounded = x < low ? low : x;
+    bounded = bounded > high ? high : bounded;
+    // x = k ln 2 + r: the sum with this number is rounded to an integer
+    const Vec magic = splat(12582912.f);
+    const Vec k = (bounded * splat(1.44269504f) + magic) - magic;
+    const Vec r = (bounded - k * splat(0.693359375f)) + k * splat(2.12194440e-4f);
+    Vec p = splat(1 / 5040.f);
+    for (const float c : {1 / 720.f, 1 / 120.f, 1 / 24.f, 1 / 6.f, 0.5f, 1.f, 1.f}) p = p * r + splat(c);
+    // twice half the power: 2 to the 128 is no number in float32
+    const Int half = __builtin_convertvector(k, Int) >> 1, rest = __builtin_convertvector(k, Int) - half;
+    const Int one = (half + 127) << 23, other = (rest + 127) << 23;
+    Vec a, b; std::memcpy(&a, &one, sizeof a); std::memcpy(&b, &other, sizeof b);
+    p = p * a * b;
+    p = x < low ? splat(0.f) : p;
+    return x > high ? splat(std::numeric_limits<float>::infinity()) : p;
+}
+inline Vec sigmoid_of(Vec x) { return splat(1.f) / (splat(1.f) + exp_of(-x)); }
+
+// a norm over all positions of a batch: absent where mean is null
+struct Norm {
+    const float *weight, *bias, *mean, *var;
+    float eps;
+    float scale() const { return mean ? (weight ? *weight : 1.f) / std::sqrt(*var + eps) : 1.f; }
+    float shift() const { return mean ? (bias ? *bias : 0.f) - *mean * scale() : 0.f; }
+};
+
+// work(begin, end) for parts of n numbers; the parts are the same for any number of threads
+constexpr int64_t PART = 8192;
+template <class Work>
+inline void each_part(int threads, int64_t n, const Work& work) {
+    parallel(threads, units(n, PART), [&](int64_t part) { work(part, part * PART, std::min(n, (part + 1) * PART)); });
+}
+// W numbers from a row that may end before
+inline Vec load_some(const float* p, int64_t n) {
+    if (n >= W) return load(p);
+    float some[W] = {};
+    std::memcpy(some, p, n * sizeof(float));
+    return load(some);
+}
+
+// mean and variance of logits, over all of them
+inline void moments(int threads, int64_t n, const float* logits, float* mean, float* var) {
+    std::vector<double> partial(size_t(units(n, PART)), 0.0);
+    auto total = [&](double around, bool squares) {
+        each_part(threads, n, [&](int64_t part, int64_t begin, int64_t end) {
+            double sum = 0;
+            for (int64_t i = begin; i < end; ++i) { const double d = logits[i] - around; sum += squares ? d * d : d; }
+            partial[part] = sum;
+        });
+        double sum = 0;
+        for (const double one : partial) sum += one;
+        return sum / double(n);
+    };
+    const double middle = total(0, false);
+    *mean = float(middle);
+    *var = float(total(middle, true));
+}
+
+// gate = 1 + strength * (sigmoid(norm(logits)) - 1), where the sigmoid is a number, and 1 elsewhere; without strength the
+// sigmoid itself
+inline void gate_of(int threads, int64_t n, const float* logits, const Norm& norm, const float* strength, float* gate) {
+    const Vec scale = splat(norm.scale()), shift = splat(norm.shift());
+    each_part(threads, n, [&](int64_t, int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i += W) {
+            Vec g = sigmoid_of(load_some(logits + i, end - i) * scale + shift);
+            if (strength) { g = g == g ? g - splat(1.f) : splat(0.f); g = splat(1.f) + splat(*strength) * g; }
+            store_some(gate + i, g, end - i);
+        }
+    });
+}
+
+// sum of products of two rows
+inline float dot(const float* x, const float* y, int64_t n) {
+    Vec s = splat(0.f);
+    for (int64_t i = 0; i < n; i += W) s += load_some(x + i, n - i) * load_some(y + i, n - i);
+    return sum_of(s);
+}
+
+// A small MLP on its own, where calling for matrix products would take longer than they do: of poolings (pools, B, C) to
+// first = weight * pooled + bias (pools, B, hidden), hidden = sum of relu(first) (B, hidden), logits and their sigmoid
+struct Layer { const float *weight, *bias; };
+inline void mlp(int64_t pools, int64_t b, int64_t c, int64_t width, const float* pooled, const Layer& one, const Layer& two,
+                float* first, float* hidden, float* logits, float* gate) {
+    std::fill(hidden, hidden + b * width, 0.f);
+    for (int64_t row = 0; row < pools * b; ++row)
+        for (int64_t h = 0; h < width; ++h) {
+            const float v = dot(pooled + row * c, one.weight + h * c, c) + (one.bias ? one.bias[h] : 0.f);
+            first[row * width + h] = v;
+            hidden[row % b * width + h] += v < 0 ? 0 : v;
+        }
+    for (int64_t sample = 0; sample < b; ++sample)
+        for (int64_t j = 0; j < c; ++j)
+            logits[sample * c + j] = dot(hidden + sample * width, two.weight + j * width, width) + (two.bias ? float(pools) * two.bias[j] : 0.f);
+    for (int64_t i = 0; i < b * c; i += W) store_some(gate + i, sigmoid_of(load_some(logits + i, b * c - i)), b * c - i);
+}
+
+// gradients of logits, and of norm and strength into sums: weight, bias, strength
+inline void grad_gate_of(int threads, int64_t n, const float* logits, const Norm& norm, bool training, const float* strength,
+                         const float* dgate, float* dlogits, float* sums) {
+    const float a = norm.scale(), b = norm.shift(), middle = norm.mean ? *norm.mean : 0.f;
+    const float deviation = norm.mean ? 1 / std::sqrt(*norm.var + norm.eps) : 1.f;
+    struct Sums { double weight, bias, strength; };
+    std::vector<Sums> partial(size_t(units(n, PART)), Sums{0, 0, 0});
+    each_part(threads, n, [&](int64_t part, int64_t begin, int64_t end) {
+        double weight[W] = {}, bias[W] = {}, strengths[W] = {};
+        for (int64_t i = begin; i < end; i += W) {
+            const Vec z = load_some(logits + i, end - i);
+            Vec d = load_some(dgate + i, end - i);
+            const Vec g = sigmoid_of(z * splat(a) + splat(b));
+            if (strength) {
+                const Vec less = g == g ? g - splat(1.f) : splat(0.f);
+                add_to(strengths, d * less);
+                d = g == g ? d * splat(*strength) : splat(0.f);
+            }
+            d *= (splat(1.f) - g) * g;
+            add_to(bias, d);
+            add_to(weight, d * ((z - splat(middle)) * splat(deviation)));
+            store_some(dlogits + i, d, end - i);
+        }
+        for (int i = 0; i < W; ++i) { partial[part].weight += weight[i]; partial[part].bias += bias[i]; partial[part].strength += strengths[i]; }
+    });
+    Sums total{0, 0, 0};
+    for (const Sums& one : partial) { total.weight += one.weight; total.bias += one.bias; total.strength += one.strength; }
+    sums[0] = float(total.weight); sums[1] = float(total.bias); sums[2] = float(total.strength);
+    if (!norm.mean) return;
+    const float slope = training ? float(total.weight / double(n)) * deviation : 0.f, level = training ? float(total.bias / double(n)) : 0.f;
+    each_part(threads, n, [&](int64_t, int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i += W) {
+            const Vec z = load_some(logits + i, end - i), d = load_some(dlogits + i, end - i);
+            store_some(dlogits + i, (d - splat(level) - (z - splat(middle)) * splat(slope)) * splat(a), end - i);
+        }
+    });
 }
 }  // namespace CONVATTN_PATH

@@ -7,14 +7,15 @@
 // Compiled twice, for AVX2 and for any processor; the compiler vectorises the loops over a row. Sums are taken in
 // blocks, each in float32 and together in double. No fast-math: a NaN has to come through.
 //
-// The maximum shares its gradient between equal values, as torch.amax does. Of each maximum the first place and the
-// number of places are kept; only where there are several is the map read once more.
+// The maximum shares its gradient between equal values, as torch.amax does. Where a maximum is, its last place and the
+// number of places, is found in the backward pass, which reads the map anyway; only where there are several is the map
+// read once more.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <thread>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -50,11 +51,6 @@ void parallel(int threads, int64_t count, const Work& work) {
     pool_parallel(Job<Work>::run, &job, unsigned(threads), 0);
 }
 
-// what a summary or the poolings of a map are, and the gradients that they got; without maxima where max is null
-struct Maxima { const float *max, *dmean, *dmax; const int32_t *first, *count; };
-using Summary = Maxima;
-using Pools = Maxima;
-
 }  // namespace
 
 #define CONVATTN_PATH portable
@@ -83,15 +79,11 @@ bool use_avx2 = has_avx2();
 }  // namespace
 
 #ifdef CONVATTN_AVX2
-#define CALL(name, type, ...) \
-    if (use_avx2) avx2::name<type>(avx2::Map{b, c, n, last != 0, threads}, __VA_ARGS__); \
-    else portable::name<type>(portable::Map{b, c, n, last != 0, threads}, __VA_ARGS__)
-#define PATH(name, ...) \
-    if (use_avx2) avx2::name(avx2::Plane{b, h, w, k, threads}, __VA_ARGS__); \
-    else portable::name(portable::Plane{b, h, w, k, threads}, __VA_ARGS__)
+#define PATH(...) \
+    if (use_avx2) { using namespace avx2; __VA_ARGS__; } \
+    else { using namespace portable; __VA_ARGS__; }
 #else
-#define PATH(name, ...) portable::name(portable::Plane{b, h, w, k, threads}, __VA_ARGS__)
-#define CALL(name, type, ...) portable::name<type>(portable::Map{b, c, n, last != 0, threads}, __VA_ARGS__)
+#define PATH(...) { using namespace portable; __VA_ARGS__; }
 #endif
 
 // for each function one for float32 and one for bfloat16
@@ -122,44 +114,65 @@ EXPORT int convattn_path(int wanted) {
 #define SHAPE int64_t b, int64_t c, int64_t n, int last, int threads
 
 #define DEFINE(type, suffix) \
-    EXPORT void convattn_pool_##suffix(SHAPE, const type* x, float* mean, float* max, int32_t* first, int32_t* count) { \
-        CALL(pool, type, x, mean, max, first, count); \
+    EXPORT void convattn_pool_##suffix(SHAPE, const type* x, float* mean, float* max) { PATH(pool<type>(Map{b, c, n, last != 0, threads}, x, mean, max)) } \
+    EXPORT void convattn_summarise_##suffix(SHAPE, const type* x, const float* channel, float* mean, float* max) { \
+        PATH(summarise<type>(Map{b, c, n, last != 0, threads}, x, channel, mean, max)) \
     } \
-    EXPORT void convattn_summarise_##suffix(SHAPE, const type* x, const float* channel, float* mean, float* max, \
-                                     int32_t* first, int32_t* count) { \
-        CALL(summarise, type, x, channel, mean, max, first, count); \
-    } \
-    EXPORT void convattn_apply_##suffix(SHAPE, const type* x, const float* channel, const float* spatial, type* y) { \
-        CALL(apply, type, x, channel, spatial, y); \
+    EXPORT void convattn_apply_##suffix(SHAPE, const type* x, const float* channel, const float* spatial, \
+                                        const type* shortcut, type* y) { \
+        PATH(apply<type>(Map{b, c, n, last != 0, threads}, x, channel, spatial, shortcut, y)) \
     } \
     EXPORT void convattn_grad_gates_##suffix(SHAPE, const type* x, const type* dy, const float* channel, \
-                                      const float* spatial, float* dchannel, float* dspatial) { \
-        CALL(grad_gates, type, x, dy, channel, spatial, dchannel, dspatial); \
+                                             const float* spatial, const float* max, int gated, float* dchannel, \
+                                             float* dspatial, int32_t* places) { \
+        PATH(grad_gates<type>(Map{b, c, n, last != 0, threads}, x, dy, channel, spatial, max, gated != 0, dchannel, \
+                              dspatial, places)) \
     } \
-    EXPORT void convattn_grad_summary_##suffix(SHAPE, const type* x, const float* channel, const float* max, \
-                                        const float* dmean, const float* dmax, const int32_t* first, \
-                                        const int32_t* count, float* dchannel) { \
-        CALL(grad_summary, type, x, channel, Summary{max, dmean, dmax, first, count}, dchannel); \
+    EXPORT void convattn_grad_summary_##suffix(SHAPE, const type* x, const float* channel, const float* smax, \
+                                               const float* dsmean, const float* dsmax, const int32_t* splaces, \
+                                               const float* pmax, float* dchannel, int32_t* places) { \
+        PATH(const Maxima summary({smax, dsmean, dsmax, splaces, splaces ? splaces + b * n : nullptr}); \
+             grad_summary<type>(Map{b, c, n, last != 0, threads}, x, channel, dsmean ? &summary : nullptr, pmax, \
+                                dchannel, places)) \
     } \
     EXPORT void convattn_grad_input_##suffix(SHAPE, const type* x, const type* dy, const float* channel, \
-                                      const float* spatial, const float* smax, const float* dsmean, \
-                                      const float* dsmax, const int32_t* sfirst, const int32_t* scount, \
-                                      const float* pmax, const float* dpmean, const float* dpmax, \
-                                      const int32_t* pfirst, const int32_t* pcount, type* dx) { \
-        const Summary summary{smax, dsmean, dsmax, sfirst, scount}; \
-        const Pools pools{pmax, dpmean, dpmax, pfirst, pcount}; \
-        CALL(grad_input, type, x, dy, channel, spatial, dsmean ? &summary : nullptr, dpmean ? &pools : nullptr, dx); \
+                                             const float* spatial, const float* smax, const float* dsmean, \
+                                             const float* dsmax, const int32_t* splaces, const float* pmax, \
+                                             const float* dpmean, const float* dpmax, const int32_t* pplaces, \
+                                             type* dx) { \
+        PATH(const Maxima summary({smax, dsmean, dsmax, splaces, splaces ? splaces + b * n : nullptr}); \
+             const Maxima pools({pmax, dpmean, dpmax, pplaces, pplaces ? pplaces + b * c : nullptr}); \
+             grad_input<type>(Map{b, c, n, last != 0, threads}, x, dy, channel, spatial, dsmean ? &summary : nullptr, \
+                              dpmean || dpmax ? &pools : nullptr, dx)) \
     }
 BOTH(DEFINE)
 
-// the convolution of a summary, in float32: b samples of h x w, a window of k x k
-EXPORT void convattn_conv(int64_t b, int64_t h, int64_t w, int64_t k, int threads, const float* summary, const float* weight,
-                          float* out) {
-    PATH(conv, summary, weight, out);
+// the convolution of a summary, in float32: b samples of h x w, a window of kh x kw
+EXPORT void convattn_conv(int64_t b, int64_t h, int64_t w, int64_t kh, int64_t kw, int threads, const float* summary,
+                          const float* weight, float* out) {
+    PATH(conv(Plane{b, h, w, kh, kw, threads}, summary, weight, out))
 }
-EXPORT void convattn_grad_conv(int64_t b, int64_t h, int64_t w, int64_t k, int threads, const float* summary,
+EXPORT void convattn_grad_conv(int64_t b, int64_t h, int64_t w, int64_t kh, int64_t kw, int threads, const float* summary,
                                const float* weight, const float* dout, float* dsummary, float* dweight) {
-    PATH(grad_conv, summary, weight, dout, dsummary, dweight);
+    PATH(grad_conv(Plane{b, h, w, kh, kw, threads}, summary, weight, dout, dsummary, dweight))
+}
+
+// the gate of n logits: norm, sigmoid and strength, each of which but the sigmoid may be absent; in training the mean and
+// the variance of the logits are written, else read
+#define LOGITS int64_t n, int threads, int training, float eps, const float* logits, const float* weight, const float* bias, \
+               float* mean, float* var, const float* strength
+EXPORT void convattn_gate(LOGITS, float* gate) {
+    PATH(if (training && mean) moments(threads, n, logits, mean, var);
+         gate_of(threads, n, logits, Norm{weight, bias, mean, var, eps}, strength, gate))
+}
+EXPORT void convattn_grad_gate(LOGITS, const float* dgate, float* dlogits, float* sums) {
+    PATH(grad_gate_of(threads, n, logits, Norm{weight, bias, mean, var, eps}, training != 0, strength, dgate, dlogits, sums))
+}
+
+EXPORT void convattn_mlp(int64_t pools, int64_t b, int64_t c, int64_t width, const float* pooled, const float* weight,
+                         const float* bias, const float* second, const float* second_bias, float* first, float* hidden,
+                         float* logits, float* gate) {
+    PATH(mlp(pools, b, c, width, pooled, Layer{weight, bias}, Layer{second, second_bias}, first, hidden, logits, gate))
 }
 
 }  // extern "C"

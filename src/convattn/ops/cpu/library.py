@@ -9,12 +9,29 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).parent
-# by name how many pointers a function takes, behind the shape
-POINTERS = {"pool": 5, "summarise": 6, "apply": 4, "grad_gates": 6, "grad_summary": 8, "grad_input": 15}
-CONVOLUTIONS = {"conv": 3, "grad_conv": 5}
+# by name what a function takes behind the shape of a map: `*` is a pointer and `i` a number
+ON_MAPS = {
+    "pool": "***",
+    "summarise": "****",
+    "apply": "*****",
+    "grad_gates": "*****i***",
+    "grad_summary": "*" * 9,
+    "grad_input": "*" * 13,
+}
+# and what those on small maps take, `l` being a long number and `f` one in float32
+ON_SMALL = {
+    "conv": "lllll" + "i***",
+    "grad_conv": "lllll" + "i*****",
+    "gate": "liif" + "******" + "*",
+    "grad_gate": "liif" + "******" + "***",
+    "mlp": "llll" + "*" * 9,
+}
+TYPES: dict[str, Any] = {"*": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float}
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 # below so many elements a second thread costs more than it saves
 FEW = 1 << 15
+# and so many multiply-adds of an MLP take less time than asking PyTorch for matrix products
+FEW_PRODUCTS = 1 << 14
 
 
 class Library:
@@ -24,20 +41,19 @@ class Library:
         self.path = path
         self.loaded = ctypes.CDLL(str(path))
         self.functions: dict[tuple[str, torch.dtype], Any] = {}
-        shape = [ctypes.c_int64] * 3 + [ctypes.c_int] * 2
-        for name, pointers in POINTERS.items():
+        for name, taken in ON_MAPS.items():
             for dtype, suffix in SUFFIXES.items():
-                function = self.loaded[f"convattn_{name}_{suffix}"]
-                function.argtypes = [*shape, *[ctypes.c_void_p] * pointers]
-                function.restype = None
-                self.functions[name, dtype] = function
-        for name, pointers in CONVOLUTIONS.items():
-            function = self.loaded[f"convattn_{name}"]
-            function.argtypes = [*[ctypes.c_int64] * 4, ctypes.c_int, *[ctypes.c_void_p] * pointers]
-            function.restype = None
-            self.functions[name, torch.float32] = function
+                self.functions[name, dtype] = self._function(f"{name}_{suffix}", "lllii" + taken)
+        for name, taken in ON_SMALL.items():
+            self.functions[name, torch.float32] = self._function(name, taken)
         self.loaded.convattn_threads.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
         self.has_threads = self._share_threads()
+
+    def _function(self, name: str, taken: str) -> Any:
+        function = self.loaded[f"convattn_{name}"]
+        function.argtypes = [TYPES[one] for one in taken]
+        function.restype = None
+        return function
 
     @property
     def instructions(self) -> str:

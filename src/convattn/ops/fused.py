@@ -1,0 +1,462 @@
+"""Gating in few passes over the map, forward and backward, for the kernels of any device.
+
+y = x * c, c = channel gate of the poolings of x;  z = y * s, s = spatial gate of the summary of y
+
+Three things are computed from the whole map, one after the other: its poolings, its summary and its product with both
+gates. What lies between them is small: an MLP by the library's matrix products, and a convolution with its norm. The
+backward pass reads the map twice and its gradient twice:
+
+1. (x, dz) to the gradients of c and s by the product, and where the maxima of the summary are;
+2. the window backward, on small maps, to the gradient of the summary;
+3. (x) to the gradient of c by the summary, and where the maxima of the poolings are;
+4. the MLP backward, to the gradient of the poolings;
+5. (dz) to dx in one pass, with the gradients by the summary and by the poolings.
+
+Kept for it are the map and small maps. Equal maxima share their gradient, as those of `torch.amax` do. For gradients of
+gradients all is computed again in plain PyTorch.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch.nn import functional
+
+from convattn.ops import reference
+
+Tensor = torch.Tensor
+Maybe = torch.Tensor | None
+_aten = torch.ops.aten
+
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "relu": (torch.relu, lambda d, x: _aten.threshold_backward(d, x, 0)),
+    "silu": (functional.silu, _aten.silu_backward),
+    "gelu": (functional.gelu, _aten.gelu_backward),
+    "hardswish": (functional.hardswish, _aten.hardswish_backward),
+}
+GATE_ACTIVATIONS = {"sigmoid": torch.sigmoid, "hardsigmoid": functional.hardsigmoid}
+
+
+class Mlp(NamedTuple):
+    """A channel gate: gate(sum over pools of second(activation(first(pool))))."""
+
+    pools: tuple[str, ...]
+    activation: str
+    gate: str
+    first: Tensor
+    first_bias: Maybe
+    second: Tensor
+    second_bias: Maybe
+
+    def reference(self, pooled: list[Tensor]) -> Tensor:
+        """The gate (B, C) in plain PyTorch, from poolings that are each (B, C)."""
+        activate = ACTIVATIONS[self.activation][0]
+        hidden = activate(functional.linear(torch.stack(pooled), self.first, self.first_bias))
+        logits = functional.linear(hidden, self.second, self.second_bias).sum(0)
+        return GATE_ACTIVATIONS[self.gate](logits)
+
+
+class Window(NamedTuple):
+    """A spatial gate: sigmoid(norm(conv(summary))); without norm where `mean` is None.
+
+    In training the norm's mean and variance are those of the batch, else the running ones.
+    """
+
+    weight: Tensor
+    norm_weight: Maybe = None
+    norm_bias: Maybe = None
+    mean: Maybe = None
+    var: Maybe = None
+    training: bool = False
+    eps: float = 0.0
+
+    def reference(self, summary: Tensor) -> Tensor:
+        """The gate (B, 1, *spatial) in plain PyTorch, from the summary (B, 2, *spatial)."""
+        logits = convolve(summary, self.weight)
+        if self.mean is not None:
+            running = (None, None) if self.training else (self.mean, self.var)
+            logits = functional.batch_norm(
+                logits, *running, self.norm_weight, self.norm_bias, training=self.training, eps=self.eps
+            )
+        return torch.sigmoid(logits)
+
+
+def convolve(summary: Tensor, weight: Tensor) -> Tensor:
+    """The convolution of a summary with zeros around it."""
+    operator = (functional.conv1d, functional.conv2d, functional.conv3d)[weight.dim() - 3]
+    return operator(summary, weight, padding=weight.shape[-1] // 2)
+
+
+class Gates(NamedTuple):
+    """What a map is multiplied with; either gate may be absent."""
+
+    channel: Mlp | None
+    spatial: Window | None
+    # the spatial gate sees the map before the channel gate
+    parallel: bool = False
+
+    def tensors(self) -> tuple[Maybe, ...]:
+        """All that gradients are computed for."""
+        mlp, window = self.channel, self.spatial
+        return (*(mlp[3:] if mlp else (None,) * 4), *(window[:3] if window else (None,) * 3))
+
+    def of(self, tensors: tuple[Maybe, ...]) -> "Gates":
+        """The same gates with other tensors."""
+        mlp = Mlp(*self.channel[:3], *tensors[:4]) if self.channel else None  # type: ignore[arg-type]
+        window = Window(*tensors[4:], *self.spatial[3:]) if self.spatial else None  # type: ignore[arg-type]
+        return Gates(mlp, window, self.parallel)
+
+
+class Kept(NamedTuple):
+    """What the backward pass needs beside the map and the parameters: small maps, in float32."""
+
+    # means, then maxima, as far as they are asked for (pools, B, C)
+    pooled: Maybe = None
+    # behind the first layer (pools, B, hidden), the sum behind the activation (B, hidden), and the logits (B, C)
+    first: Maybe = None
+    hidden: Maybe = None
+    logits: Maybe = None
+    # the channel gate as it is multiplied (B, C)
+    channel: Maybe = None
+    # means, then maxima, over the channels (2, B, *spatial); behind the convolution (B, *spatial)
+    planes: Maybe = None
+    window: Maybe = None
+    # mean and biased variance of the latter in training
+    moments: Maybe = None
+    # the spatial gate as it is multiplied (B, *spatial)
+    spatial: Maybe = None
+
+
+class Kernels(Protocol):
+    """What computes on whole maps, made for a dense map `x` of a device."""
+
+    def __init__(self, x: Tensor) -> None: ...
+
+    def pool(self, x: Tensor, mean: bool, maximum: bool) -> Tensor:
+        """Means and maxima over positions (pools, B, C)."""
+
+    def mlp(self, mlp: Mlp, pooled: Tensor) -> tuple[Tensor, "Kept"]:
+        """The channel gate (B, C) of poolings, and what is kept; by `mlp` where there is nothing quicker."""
+
+    def summarise(self, x: Tensor, channel: Maybe) -> Tensor:
+        """Means and maxima over channels (2, B, *spatial), of the map or of the map with its channels gated."""
+
+    def apply(self, x: Tensor, channel: Maybe, spatial: Maybe, shortcut: Maybe) -> Tensor:
+        """The map times its gates; with a shortcut relu(that + shortcut)."""
+
+    def grad_gates(
+        self, x: Tensor, dy: Tensor, channel: Maybe, spatial: Maybe, maximum: Maybe, gated: bool
+    ) -> tuple[Maybe, Maybe, Maybe]:
+        """Gradients of the gates, and where the given maxima over channels are."""
+
+    def grad_summary(
+        self, x: Tensor, channel: Maybe, summary: tuple[Maybe, ...], maximum: Maybe, dchannel: Maybe
+    ) -> Maybe:
+        """Add to the gradient of the channel gate what comes by the summary; where the maxima over positions are."""
+
+    def grad_input(
+        self, x: Tensor, dy: Maybe, channel: Maybe, spatial: Maybe, summary: tuple[Maybe, ...], pools: tuple[Maybe, ...]
+    ) -> Tensor:
+        """The gradient of the map, also where none comes from y and there are no gates."""
+
+    def window(self, planes: Tensor, window: Window, strength: Maybe) -> tuple[Tensor, Tensor, Maybe]:
+        """The spatial gate, the logits behind the convolution, and their moments in training."""
+
+    def grad_window(
+        self, planes: Tensor, window: Window, strength: Maybe, kept: Kept, dgate: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the planes, of the weight, and of norm weight, norm bias and strength together (3)."""
+
+
+def forward(
+    kernels: Kernels, x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe = None
+) -> tuple[Tensor, Kept]:
+    """The gated map, and what its backward pass needs.
+
+    One pass after the other over the whole map: taking a few samples through all of them, so that they stay in a cache,
+    was slower by 0 to 30 % on two cores.
+    """
+    mlp, window, kept = gates.channel, gates.spatial, Kept()
+    with _in_float32(x):
+        if mlp is not None:
+            channel, kept = kernels.mlp(mlp, kernels.pool(x, "mean" in mlp.pools, "max" in mlp.pools))
+            kept = kept._replace(channel=reference.blend(channel, _wide(strength)))
+        if window is not None:
+            planes = kernels.summarise(x, None if gates.parallel else kept.channel)
+            spatial, logits, moments = kernels.window(planes, window, strength)
+            kept = kept._replace(planes=planes, window=logits, moments=moments, spatial=spatial)
+        y = kernels.apply(x, kept.channel, kept.spatial, shortcut)
+    return y, kept
+
+
+def backward(
+    kernels: Kernels,
+    x: Tensor,
+    dy: Tensor,
+    gates: Gates,
+    strength: Maybe,
+    kept: Kept,
+    needs_map: bool,
+) -> tuple[Maybe, Maybe, tuple[Maybe, ...]]:
+    """Gradients of the map, of the strength, and of the tensors of the gates."""
+    mlp, window, pooled = gates.channel, gates.spatial, kept.pooled
+    gated = window is not None and mlp is not None and not gates.parallel
+    seen = None if kept.planes is None else kept.planes[1]
+    by_mlp: tuple[Maybe, ...] = (None,) * 4
+    by_window: tuple[Maybe, ...] = (None,) * 3
+    dstrength = None
+    summary: tuple[Maybe, ...] = (None,) * 4
+    pools: tuple[Maybe, ...] = (None,) * 4
+    with _in_float32(x):
+        dchannel, dspatial, places = kernels.grad_gates(x, dy, kept.channel, kept.spatial, seen, gated)
+        if window is not None:
+            dplanes, dweight, sums = kernels.grad_window(kept.planes, window, strength, kept, dspatial)
+            by_window = (dweight, sums[0:1], sums[1:2]) if window.mean is not None else (dweight, None, None)
+            dstrength = sums[2:3]
+            summary = (seen, dplanes[0], dplanes[1], places)
+        maximum = pooled[-1] if needs_map and mlp is not None and "max" in mlp.pools else None
+        if gated or maximum is not None:
+            by_summary = summary if gated else (None,) * 4
+            places = kernels.grad_summary(x, kept.channel, by_summary, maximum, dchannel)
+        if mlp is not None:
+            if strength is not None:
+                less = torch.nan_to_num(_gate(mlp, kept) - 1)
+                by_channel = (dchannel * less).sum().reshape(1)
+                dstrength = by_channel if dstrength is None else dstrength + by_channel
+                dchannel = dchannel * strength
+            dpooled, by_mlp = _grad_mlp(mlp, kept, dchannel)
+            pools = (
+                maximum,
+                dpooled[0] if "mean" in mlp.pools else None,
+                None if maximum is None else dpooled[-1],
+                places if maximum is not None else None,
+            )
+        dx = None
+        if needs_map:
+            nothing = (None,) * 4
+            aside = mlp is not None and window is not None and gates.parallel
+            dx = kernels.grad_input(x, dy, kept.channel, kept.spatial, nothing if aside else summary, pools)
+            if aside:
+                dx += kernels.grad_input(x, None, None, None, summary, nothing)
+    return dx, dstrength, (*by_mlp, *by_window)
+
+
+def _gate(mlp: Mlp, kept: Kept) -> Tensor:
+    return GATE_ACTIVATIONS[mlp.gate](kept.logits)  # type: ignore[arg-type]
+
+
+def mlp(mlp: Mlp, pooled: Tensor) -> tuple[Tensor, Kept]:
+    """The gate of poolings (pools, B, C), and what is kept."""
+    first = functional.linear(pooled, _wide(mlp.first), _wide(mlp.first_bias))  # type: ignore[arg-type]
+    # the sum of what a linear layer makes of both poolings is what it makes of their sum, but for the bias
+    hidden = ACTIVATIONS[mlp.activation][0](first).sum(0)
+    bias = _wide(mlp.second_bias)
+    if bias is not None and len(pooled) == 2:
+        bias = bias + bias
+    logits = functional.linear(hidden, _wide(mlp.second), bias)  # type: ignore[arg-type]
+    return GATE_ACTIVATIONS[mlp.gate](logits), Kept(pooled, first, hidden, logits)
+
+
+def _grad_mlp(mlp: Mlp, kept: Kept, dgate: Tensor) -> tuple[Tensor, tuple[Maybe, ...]]:
+    """Gradients of the poolings and of the weights and biases."""
+    pooled, first, logits = kept.pooled, kept.first, kept.logits
+    if mlp.gate == "sigmoid":
+        dlogits = _aten.sigmoid_backward(dgate, torch.sigmoid(logits))
+    else:
+        dlogits = _aten.hardsigmoid_backward(dgate, logits)
+    count, batch, channels = pooled.shape
+    dhidden = (dlogits @ _wide(mlp.second)).expand(first.shape)
+    dfirst = ACTIVATIONS[mlp.activation][1](dhidden, first).reshape(count * batch, -1)
+    return (dfirst @ _wide(mlp.first)).view(pooled.shape), (
+        dfirst.t() @ pooled.view(count * batch, channels),
+        None if mlp.first_bias is None else dfirst.sum(0),
+        dlogits.t() @ kept.hidden,
+        None if mlp.second_bias is None else count * dlogits.sum(0),
+    )
+
+
+def _wide(one: Maybe) -> Maybe:
+    return one if one is None or one.dtype is torch.float32 else one.float()
+
+
+@contextmanager
+def _without_autocast(device: str) -> Iterator[None]:
+    with torch.autocast(device, enabled=False):
+        yield
+
+
+class _Nothing:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+_nothing = _Nothing()
+
+
+def _in_float32(x: Tensor) -> Any:
+    """Small maps are computed in float32, mixed precision or not."""
+    device = x.device.type
+    return _without_autocast(device) if torch.is_autocast_enabled(device) else _nothing
+
+
+def gated(
+    kernels: type[Kernels], x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe = None
+) -> tuple[Tensor, Maybe]:
+    """The gated map, and in training mean and variance of the logits for the norm's running ones."""
+    x = dense(x)
+    shortcut = None if shortcut is None else like(shortcut, x)
+    if torch.is_grad_enabled():
+        return Gating.apply(x, strength, shortcut, kernels, gates, *gates.tensors())  # type: ignore[no-any-return]
+    y, kept = forward(kernels(x), x, gates, strength, shortcut)
+    return y, kept.moments
+
+
+class Gating(torch.autograd.Function):
+    """`forward` and `backward` as one function with a gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        strength: Maybe,
+        shortcut: Maybe,
+        kernels: type[Kernels],
+        gates: Gates,
+        *tensors: Maybe,
+    ) -> tuple[Tensor, Maybe]:
+        y, kept = forward(kernels(x), x, gates, strength, shortcut)
+        ctx.kernels, ctx.gates = kernels, Gates(*gates)
+        ctx.save_for_backward(x, strength, shortcut, y if shortcut is not None else None, *tensors, *kept)
+        if kept.moments is not None:
+            ctx.mark_non_differentiable(kept.moments)
+        return y, kept.moments
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _: Maybe) -> tuple[Any, ...]:
+        x, strength, shortcut, y, *rest = ctx.saved_tensors
+        gates: Gates = ctx.gates
+        tensors, kept = tuple(rest[:7]), Kept(*rest[7:])
+        if differentiated(dy):
+            found = gradients(
+                lambda x, strength, shortcut, *tensors: [plainly(x, gates.of(tensors), strength, shortcut)],
+                [x, strength, shortcut, *tensors],
+                [dy],
+            )
+            return (*found[:3], None, None, *found[3:])
+        dy = like(dy, x)
+        if shortcut is not None:
+            dy = _aten.threshold_backward(dy, y, 0)
+        dx, dstrength, dtensors = backward(
+            ctx.kernels(x), x, dy, gates.of(tensors), strength, kept, ctx.needs_input_grad[0]
+        )
+        return (
+            dx,
+            None if strength is None else dstrength,
+            None if shortcut is None else dy,
+            None,
+            None,
+            *dtensors,
+        )
+
+
+def plainly(x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe = None) -> Tensor:
+    """The same in plain PyTorch."""
+    mlp, window = gates.channel, gates.spatial
+    return reference.gated(
+        x,
+        mlp.pools if mlp else (),
+        mlp.reference if mlp else None,
+        window.reference if window else None,
+        strength,
+        gates.parallel,
+        x.dim() - 2,
+        shortcut,
+    )
+
+
+def mean_max(kernels: type[Kernels], x: Tensor) -> Tensor:
+    """Means, then maxima, of a map over its positions (B, 2C)."""
+    x = dense(x)
+    return MeanMax.apply(x, kernels)  # type: ignore[no-any-return]
+
+
+class MeanMax(torch.autograd.Function):
+    """Mean and maximum over positions in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernels: type[Kernels]) -> Tensor:
+        pooled = kernels(x).pool(x, True, True)
+        ctx.kernels = kernels
+        ctx.save_for_backward(x, pooled)
+        return torch.cat([pooled[0], pooled[1]], dim=1).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dpooled: Tensor) -> tuple[Maybe, None]:
+        x, pooled = ctx.saved_tensors
+        if differentiated(dpooled):
+            (dx,) = gradients(lambda x: [reference.mean_max(x)], [x], [dpooled])
+            return dx, None
+        kernels = ctx.kernels(x)
+        dmean, dmax = dpooled.float().unflatten(1, (2, -1)).transpose(0, 1).contiguous()
+        places = kernels.grad_summary(x, None, (None,) * 4, pooled[1], None)
+        nothing = (None,) * 4
+        return kernels.grad_input(x, None, None, None, nothing, (pooled[1], dmean, dmax, places)), None
+
+
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def dense(x: Tensor) -> Tensor:
+    """The map in one piece, in the memory format that it has."""
+    if x.is_contiguous() or x.movedim(1, -1).is_contiguous():
+        return x
+    last = x.dim() in _FORMATS and x.is_contiguous(memory_format=_FORMATS[x.dim()])
+    return x.contiguous(memory_format=_FORMATS[x.dim()]) if last else x.contiguous()
+
+
+def like(given: Tensor, x: Tensor) -> Tensor:
+    """Another map in the memory format and dtype of `x`."""
+    if given.dtype is x.dtype and (given if x.is_contiguous() else given.movedim(1, -1)).is_contiguous():
+        return given
+    return torch.empty_like(x).copy_(given)
+
+
+def differentiated(*given: Maybe) -> bool:
+    """Whether a backward pass is to be differentiated itself, or is one of many at once."""
+    if torch.is_grad_enabled():
+        return True
+    functorch = torch._C._functorch
+    return any(
+        functorch.is_legacy_batchedtensor(one) or functorch.is_functorch_wrapped_tensor(one)
+        for one in given
+        if one is not None
+    )
+
+
+def gradients(function: Callable[..., list[Tensor]], inputs: list[Maybe], given: list[Maybe]) -> list[Maybe]:
+    """Gradients, in plain PyTorch and differentiable again, of the inputs that need any.
+
+    They are taken of views: an input may have been computed from another one, and what comes by that way is not asked
+    for here.
+    """
+    with torch.enable_grad():
+        views = [None if one is None else one.view_as(one) for one in inputs]
+        outputs = function(*views)
+    known = [(output, gradient) for output, gradient in zip(outputs, given, strict=True) if gradient is not None]
+    wanted = [one for one in views if one is not None and one.requires_grad]
+    if not known or not wanted:
+        return [None] * len(inputs)
+    found = iter(
+        torch.autograd.grad(
+            [output for output, _ in known],
+            wanted,
+            [gradient for _, gradient in known],
+            create_graph=torch.is_grad_enabled(),
+            allow_unused=True,
+        )
+    )
+    return [next(found) if one is not None and one.requires_grad else None for one in views]
