@@ -4,8 +4,8 @@ import sys
 
 from setuptools import Extension, setup
 
-# no fast-math: a NaN has to come through, and a product with a sum behind it is rounded as everywhere
-GCC = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi"]
+# no fast-math: a NaN has to come through
+GCC = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wno-psabi"]
 
 setup(
     ext_modules=[

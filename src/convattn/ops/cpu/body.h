@@ -142,30 +142,32 @@ inline void reduce_columns(const T* x, int64_t stride, int64_t rows, const float
     for (; r < rows; ++r) add_rows<1, MAX>(x + r * stride, stride, scale ? scale + r : nullptr, sum, max, n);
 }
 
-// Where maxima are: the last place of each, and in how many places it is.
+// Where maxima are: the place of each, or -1 where it is in several places or is NaN and nowhere, and the number of places.
 struct Places { int32_t *where, *count; };
 inline Int load(const int32_t* p) { Int v; std::memcpy(&v, p, sizeof v); return v; }
 inline void store(int32_t* p, Int v) { std::memcpy(p, &v, sizeof v); }
 inline Int splat(int32_t v) { return Int{v, v, v, v, v, v, v, v}; }
-inline int32_t sum_of(Int v) { int32_t s = 0; for (int i = 0; i < W; ++i) s += v[i]; return s; }
-inline int32_t max_of(Int v) { int32_t m = v[0]; for (int i = 1; i < W; ++i) m = std::max(m, v[i]); return m; }
-inline Places none_yet(int32_t* places, int64_t n) {
-    if (places) std::memset(places, 0, size_t(2 * n) * sizeof(int32_t));
-    return {places, places ? places + n : nullptr};
+typedef int32_t Quarter __attribute__((vector_size(2 * W)));
+inline int32_t sum_of(Int v) {
+    Quarter a[2]; std::memcpy(a, &v, sizeof v);
+    const Quarter s = a[0] + a[1];
+    return (s[0] + s[2]) + (s[1] + s[3]);
 }
-// notes for each maximum of W columns that its place is this row
-inline void note(const Places& places, int64_t i, Int equal, int32_t row) {
-    store(places.where + i, equal ? splat(row) : load(places.where + i));
-    store(places.count + i, load(places.count + i) - equal);
+inline int32_t max_of(Int v) {
+    Quarter a[2]; std::memcpy(a, &v, sizeof v);
+    const Quarter m = a[0] > a[1] ? a[0] : a[1];
+    return std::max(std::max(m[0], m[2]), std::max(m[1], m[3]));
 }
 inline void note_one(const Places& places, int64_t i, int64_t where) {
     places.where[i] = int32_t(where);
     ++places.count[i];
 }
-// work(where) for all places that may be the maximum: the one, those up to the last of several, or all where it is NaN
-template <class Work>
-inline void each_maximum(int32_t where, int32_t count, int64_t n, const Work& work) {
-    for (int64_t i = count == 1 ? where : 0; i < (count ? where + 1 : n); ++i) work(i);
+inline void begin_notes(const Places& places, int64_t n) {
+    std::fill(places.where, places.where + n, 0);
+    std::fill(places.count, places.count + n, 0);
+}
+inline void end_notes(const Places& places, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) places.where[i] = places.count[i] == 1 ? places.where[i] : -1;
 }
 // what each of them gets of a gradient
 inline float share_of(float gradient, int32_t count) {
@@ -179,7 +181,7 @@ struct Maxima { const float *max, *dmean, *dmax; const int32_t *where, *count; }
 struct Map { int64_t b, c, n; bool last; int threads; };
 
 // positions or channels of which the running sums stay in the first cache
-constexpr int64_t TILE = 512;
+constexpr int64_t TILE = 1024;
 // elements that one unit of work takes at least
 constexpr int64_t UNIT = 16384;
 inline int64_t rows_for(int64_t width) { return std::max<int64_t>(1, UNIT / std::max<int64_t>(1, width)); }
@@ -195,6 +197,18 @@ inline void each_row(const Map& map, int64_t rows, int64_t width, const Work& wo
     const int64_t some = rows_for(width);
     parallel(map.threads, units(rows, some), [&](int64_t unit) {
         for (int64_t row = unit * some; row < std::min(rows, (unit + 1) * some); ++row) work(row);
+    });
+}
+
+// work(row, begin, size) for all rows of all samples in tiles, so that what all rows of a sample need stays in a cache
+template <class Work>
+inline void each_tile(const Map& map, int64_t height, int64_t width, const Work& work) {
+    const int64_t tile = map.last ? width : TILE, some = rows_for(std::min(tile, width));
+    const int64_t wide = units(width, tile), high = units(height, some);
+    parallel(map.threads, map.b * wide * high, [&](int64_t unit) {
+        const int64_t sample = unit / (wide * high), begin = unit / high % wide * tile, first = unit % high * some;
+        for (int64_t row = first; row < std::min(height, first + some); ++row)
+            work(sample * height + row, begin, std::min(tile, width - begin));
     });
 }
 
@@ -298,6 +312,7 @@ void apply(const Map& map, const T* x, const float* channel, const float* spatia
     const int64_t b = map.b, c = map.c, n = map.n;
     const bool last = map.last;
     const int64_t width = last ? c : n, height = last ? n : c;
+    expect(y, b * c * n * int64_t(sizeof(T)));
     const float* places = last ? channel : spatial;
     const float* scales = last ? spatial : channel;
     auto rows = [&](auto has_places, auto has_scales, auto has_shortcut) {
@@ -347,12 +362,19 @@ inline void product_rows(const Rows& rows, int64_t row, const T* x, const T* dy,
     for (; i + W <= n; i += W) {
         const Vec a = rows.across ? load(rows.across + i) : splat(1.f);
         Vec total = splat(0.f);
+        const bool across = FIND == ACROSS_ROWS;
+        const Vec tops = across ? load(rows.max + i) : splat(0.f);
+        Int at = across ? load(rows.places.where + i) : splat(0), equals = across ? load(rows.places.count + i) : splat(0);
         for (int r = 0; r < R; ++r) {
             const Vec v = load(x + r * rows.stride + i);
             const Vec t = v * load(dy + r * rows.stride + i);
             if (ACROSS) total += t * own[r];
             if (DOWN) s[r] += t * a;
-            if (FIND == ACROSS_ROWS) note(rows.places, i, (rows.gated ? v * own[r] : v) == load(rows.max + i), int32_t(row + r));
+            if (across) {
+                const Int equal = (rows.gated ? v * own[r] : v) == tops;
+                at = equal ? splat(int32_t(row + r)) : at;
+                equals -= equal;
+            }
             if (FIND == IN_ROWS) {
                 const Int equal = (rows.gated ? v * a : v) == top[r];
                 where[r] = equal ? steps + int32_t(i) : where[r];
@@ -360,6 +382,7 @@ inline void product_rows(const Rows& rows, int64_t row, const T* x, const T* dy,
             }
         }
         if (ACROSS) add_to(sums + i, total);
+        if (across) { store(rows.places.where + i, at); store(rows.places.count + i, equals); }
     }
     for (int r = 0; r < R && FIND == IN_ROWS; ++r) {
         rows.places.where[row + r] = max_of(where[r]);
@@ -394,14 +417,14 @@ void grad_gates(const Map& map, const T* x, const T* dy, const float* channel, c
     const int64_t wide_parts = units(width, tile), tall_parts = units(height, tall);
     std::vector<float> partial_own(down && wide_parts > 1 ? size_t(b * height * wide_parts) : 0);
     std::vector<double> partial_across(dacross ? size_t(b * width * tall_parts) : 0, 0.0);
-    const Places all_places = none_yet(places, b * n);
     auto all = [&](auto has_down, auto has_across, auto find) {
         parallel(threads, b * wide_parts * tall_parts, [&](int64_t unit) {
             const int64_t sample = unit / (wide_parts * tall_parts), wide = unit / tall_parts % wide_parts, high = unit % tall_parts;
             const int64_t begin = wide * tile, size = std::min(tile, width - begin), end = std::min(height, (high + 1) * tall);
             const int64_t before = sample * height, place = sample * width + begin, at = last ? before : place;
             const Rows rows{size, width, own ? own + before : nullptr, across ? across + place : nullptr,
-                            max ? max + at : nullptr, gated, {all_places.where + (max ? at : 0), all_places.count + (max ? at : 0)}};
+                            max ? max + at : nullptr, gated, {max ? places + at : nullptr, max ? places + b * n + at : nullptr}};
+            if (find == ACROSS_ROWS) begin_notes(rows.places, size);
             double* sums = dacross ? &partial_across[(sample * tall_parts + high) * width + begin] : nullptr;
             for (int64_t row = high * tall; row < end;) {
                 const int64_t from = (before + row) * width + begin;
@@ -413,6 +436,8 @@ void grad_gates(const Map& map, const T* x, const T* dy, const float* channel, c
                     (wide_parts > 1 ? partial_own.data() : down)[(before + row + r) * wide_parts + wide] = found[r];
                 row += some;
             }
+            if (find == ACROSS_ROWS) end_notes(rows.places, size);
+            if (find == IN_ROWS) end_notes({rows.places.where + high * tall, rows.places.count + high * tall}, end - high * tall);
         });
     };
     auto with = [&](auto has_down, auto has_across) {
@@ -438,20 +463,40 @@ void grad_gates(const Map& map, const T* x, const T* dy, const float* channel, c
         });
 }
 
-// where a row is its maximum
-template <class T>
-inline void find_in_row(const T* x, int64_t n, float max, int32_t* where, int32_t* count) {
-    const Vec top = splat(max);
-    Int last = splat(0), found = last, here = {0, 1, 2, 3, 4, 5, 6, 7};
+// R rows: their sums of x * weights, and where each is its maximum
+template <int R, bool SUM, bool FIND, class T>
+inline void weigh_rows(const T* x, int64_t n, const float* weights, float* found, const float* max, int32_t* where, int32_t* count) {
+    double total[R] = {};
+    Vec top[R];
+    Int last[R], equals[R], here = {0, 1, 2, 3, 4, 5, 6, 7};
+    for (int r = 0; r < R; ++r) { top[r] = splat(FIND ? max[r] : 0.f); last[r] = equals[r] = splat(0); }
     int64_t i = 0;
-    for (; i + W <= n; i += W, here += W) {
-        const Int equal = load(x + i) == top;
-        last = equal ? here : last;
-        found -= equal;
+    while (i + W <= n) {
+        Vec s[R];
+        for (int r = 0; r < R; ++r) s[r] = splat(0.f);
+        for (const int64_t end = std::min(n, i + 512 * W); i + W <= end; i += W, here += W) {
+            const Vec w = SUM ? load(weights + i) : splat(0.f);
+            for (int r = 0; r < R; ++r) {
+                const Vec v = load(x + r * n + i);
+                if (SUM) s[r] += v * w;
+                if (!FIND) continue;
+                const Int equal = v == top[r];
+                last[r] = equal ? here : last[r];
+                equals[r] -= equal;
+            }
+        }
+        for (int r = 0; r < R && SUM; ++r) total[r] += sum_of(s[r]);
     }
-    *where = max_of(last);
-    *count = sum_of(found);
-    for (; i < n; ++i) if (get(x + i) == max) { *where = int32_t(i); ++*count; }
+    for (int r = 0; r < R; ++r) {
+        int32_t place = max_of(last[r]), places = sum_of(equals[r]);
+        for (int64_t k = i; k < n; ++k) {
+            const float v = get(x + r * n + k);
+            if (SUM) total[r] += v * weights[k];
+            if (FIND && v == max[r]) { place = int32_t(k); ++places; }
+        }
+        if (SUM) found[r] = float(total[r]);
+        if (FIND) { where[r] = places == 1 ? place : -1; count[r] = places; }
+    }
 }
 
 // where some rows are the maxima of their columns
@@ -473,6 +518,20 @@ inline void find_in_rows(const T* x, int64_t n, int32_t row, int64_t rows, const
         for (int64_t r = 0; r < rows; ++r) if (get(x + r * n + i) == max[i]) note_one(places, i, row + r);
 }
 
+// of the gradients of a summary or of poolings of `size` each: that of the mean for each element, and that of a maximum
+struct Shares {
+    std::vector<float> mean, max;
+    Shares(int threads, const Maxima* of, int64_t count, int64_t size) : mean(of && of->dmean ? size_t(count) : 0), max(of && of->dmax ? size_t(count) : 0) {
+        if (!of) return;
+        parallel(threads, units(count, UNIT), [&](int64_t unit) {
+            for (int64_t i = unit * UNIT; i < std::min(count, (unit + 1) * UNIT); ++i) {
+                if (of->dmean) mean[i] = of->dmean[i] / float(size);
+                if (of->dmax) max[i] = share_of(of->dmax[i], of->count[i]);
+            }
+        });
+    }
+};
+
 // Adds to the gradient of the channel gate what comes to it by the summary, sum of x * (dmean / C + dmax where largest),
 // where there is a summary; and finds where the maxima over the positions are, where they are given.
 template <class T>
@@ -481,28 +540,39 @@ void grad_summary(const Map& map, const T* x, const float* channel, const Maxima
     const int64_t b = map.b, c = map.c, n = map.n;
     const bool last = map.last;
     const int threads = map.threads;
-    std::vector<float> weights(summary ? size_t(b * n) : 0);
-    for (size_t i = 0; i < weights.size(); ++i) weights[i] = summary->dmean[i] / float(c);
     if (!last) {
-        each_row(map, b * c, n, [&](int64_t row) {
-            // the row is in the first or second cache when it is read again
-            if (summary) dchannel[row] += reduce_row<false, true>(x + row * n, &weights[row / c * n], n, nullptr);
-            if (max) find_in_row(x + row * n, n, max[row], places + row, places + b * c + row);
-        });
+        auto rows = [&](auto sum, auto find) {
+            const int64_t some = (rows_for(n) + 3) / 4 * 4, parts = units(c, some);
+            parallel(threads, b * parts, [&](int64_t unit) {
+                const int64_t sample = unit / parts, end = std::min(c, (unit % parts + 1) * some);
+                for (int64_t j = unit % parts * some; j < end;) {
+                    const int64_t row = sample * c + j;
+                    const int many = j + 4 <= end ? 4 : 1;
+                    float found[4];
+                    const float* weights = sum ? summary->dmean + sample * n : nullptr;
+                    (many == 4 ? weigh_rows<4, sum, find, T> : weigh_rows<1, sum, find, T>)(
+                        x + row * n, n, weights, found, max + (find ? row : 0), places + (find ? row : 0), places + (find ? b * c + row : 0));
+                    for (int r = 0; r < many && sum; ++r) dchannel[row + r] += found[r] / float(c);
+                    j += many;
+                }
+            });
+        };
+        if (summary && max) rows(std::true_type{}, std::true_type{});
+        else if (summary) rows(std::true_type{}, std::false_type{});
+        else rows(std::false_type{}, std::true_type{});
     } else {
         const int64_t rows = rows_of_unit(map), parts = units(n, rows);
         std::vector<double> sums(summary ? size_t(b * parts * c) : 0, 0.0);
-        std::vector<int32_t> noted(max ? size_t(2 * b * parts * c) : 0);
+        std::vector<int32_t> noted(max ? size_t(2 * b * parts * c) : 0, 0);
         parallel(threads, b * parts, [&](int64_t unit) {
             const int64_t sample = unit / parts, begin = unit % parts * rows, size = std::min(rows, n - begin);
-            const T* from = x + (sample * n + begin) * c;
             const float* top = max ? max + sample * c : nullptr;
-            const Places here = none_yet(max ? &noted[2 * unit * c] : nullptr, c);
+            const Places here{max ? &noted[2 * unit * c] : nullptr, max ? &noted[(2 * unit + 1) * c] : nullptr};
             // few rows at a time, which are in the cache when they are read again
             for (int64_t row = 0; row < size; row += 8) {
-                const int64_t some = std::min<int64_t>(8, size - row);
-                if (summary) reduce_columns<false>(from + row * c, c, some, &weights[sample * n + begin + row], &sums[unit * c], nullptr, c);
-                if (max) find_in_rows(from + row * c, c, int32_t(begin + row), some, top, here);
+                const int64_t some = std::min<int64_t>(8, size - row), at = sample * n + begin + row;
+                if (summary) reduce_columns<false>(x + at * c, c, some, summary->dmean + at, &sums[unit * c], nullptr, c);
+                if (max) find_in_rows(x + at * c, c, int32_t(begin + row), some, top, here);
             }
         });
         each_row(map, b, c * parts, [&](int64_t sample) {
@@ -515,85 +585,124 @@ void grad_summary(const Map& map, const T* x, const float* channel, const Maxima
                     where = noted[2 * unit * c + j];
                     count += noted[(2 * unit + 1) * c + j];
                 }
-                if (summary) dchannel[sample * c + j] += float(total);
-                if (max) { places[sample * c + j] = where; places[(b + sample) * c + j] = count; }
+                if (summary) dchannel[sample * c + j] += float(total / double(c));
+                if (max) { places[sample * c + j] = count == 1 ? where : -1; places[(b + sample) * c + j] = count; }
             }
         });
     }
     if (!summary) return;
-    each_row(map, b, c * n, [&](int64_t sample) {
-        std::vector<double> total(size_t(c), 0.0);
-        for (int64_t i = 0; i < n; ++i) {
+    // By the maxima. What was multiplied with the gate to give one is known without reading the map, but for tiny numbers.
+    const int64_t some = std::max<int64_t>(4096, 8 * c), parts = units(n, some);
+    std::vector<double> totals(size_t(b * parts * c), 0.0);
+    parallel(threads, b * parts, [&](int64_t unit) {
+        const int64_t sample = unit / parts, begin = unit % parts * some;
+        double* total = &totals[unit * c];
+        for (int64_t i = begin; i < std::min(n, begin + some); ++i) {
             const int64_t at = sample * n + i;
-            const int32_t count = summary->count[at];
-            const float share = share_of(summary->dmax[at], count);
-            each_maximum(summary->where[at], count, c, [&](int64_t j) {
-                const float v = get(x + (last ? at * c + j : (sample * c + j) * n + i));
-                if (count == 1 || v * (channel ? channel[sample * c + j] : 1.f) == summary->max[at]) total[j] += double(v) * share;
-                else if (!count) total[j] += share;
-            });
+            auto value = [&](int64_t j) { return get(x + (last ? at * c + j : (sample * c + j) * n + i)); };
+            const int32_t where = summary->where[at];
+            const float max = summary->max[at], share = share_of(summary->dmax[at], summary->count[at]);
+            if (where >= 0) {
+                const float gate = channel ? channel[sample * c + where] : 1.f;
+                const bool known = std::fabs(max) > 1e-30f && std::fabs(gate) > 1e-30f;
+                total[where] += double(known ? max / gate : value(where)) * share;
+                continue;
+            }
+            for (int64_t j = 0; j < c; ++j) {
+                const float v = value(j);
+                if (!summary->count[at] || v * (channel ? channel[sample * c + j] : 1.f) == max) total[j] += double(v) * share;
+            }
         }
-        for (int64_t j = 0; j < c; ++j) dchannel[sample * c + j] += float(total[j]);
+    });
+    each_row(map, b * c, parts, [&](int64_t row) {
+        double total = 0;
+        for (int64_t part = 0; part < parts; ++part) total += totals[(row / c * parts + part) * c + row % c];
+        dchannel[row] += float(total);
     });
 }
 
-// one row of y = (x * as[i] * a + bs[i] + b) * c * cs[i] + ds[i] + d
-struct Linear { const float *as, *bs, *cs, *ds; float a, b, c, d; };
+// What the gradient of the map is computed from, in channel order: dx = (dy * spatial + summary) * channel + pools. A row
+// is a channel or, channels last, a position; what varies within it is an array, what does not is a number.
+struct Terms {
+    const float *spatial, *summary, *channel, *pools;
+    float own_spatial, own_summary, own_channel, own_pools;
+    // channels first: gradients of maxima over the channels, and where each is
+    const float* share;
+    const int32_t* where;
+    int32_t row;
+};
 template <bool LAST, bool GATED, bool SUMMARY, bool POOLS, class T>
-inline void linear_row(const T* x, T* y, const Linear& p, int64_t n) {
-    // channels first: as spatial, bs summary, c channel, d pools; last: a spatial, b summary, cs channel, ds pools
-    const Vec a = splat(p.a), b = splat(p.b), c = splat(p.c), d = splat(p.d);
+inline void linear_row(const T* dy, T* dx, const Terms& t, int64_t n) {
+    const Vec spatial = splat(t.own_spatial), summary = splat(t.own_summary), channel = splat(t.own_channel), pools = splat(t.own_pools);
+    const Int here = splat(t.row);
     int64_t i = 0;
     for (; i + W <= n; i += W) {
-        Vec v = load(x + i);
-        if (LAST) v *= a;
-        else if (GATED) v *= load(p.as + i);
-        if (SUMMARY) v += LAST ? b : load(p.bs + i);
-        if (!LAST) v *= c;
-        else if (GATED) v *= load(p.cs + i);
-        if (POOLS) v += LAST ? load(p.ds + i) : d;
-        store(y + i, v);
+        Vec v = load(dy + i);
+        if (LAST) v *= spatial;
+        else if (GATED) v *= load(t.spatial + i);
+        if (SUMMARY) v += LAST ? summary : load(t.summary + i);
+        if (SUMMARY && !LAST) v += load(t.where + i) == here ? load(t.share + i) : splat(0.f);
+        if (!LAST) v *= channel;
+        else if (GATED) v *= load(t.channel + i);
+        if (POOLS) v += LAST ? load(t.pools + i) : pools;
+        store(dx + i, v);
     }
     for (; i < n; ++i) {
-        float v = get(x + i);
-        v *= LAST ? p.a : GATED ? p.as[i] : 1.f;
-        if (SUMMARY) v += LAST ? p.b : p.bs[i];
-        v *= LAST ? (GATED ? p.cs[i] : 1.f) : p.c;
-        if (POOLS) v += LAST ? p.ds[i] : p.d;
-        put(y + i, v);
+        float v = get(dy + i);
+        v *= LAST ? t.own_spatial : GATED ? t.spatial[i] : 1.f;
+        if (SUMMARY) v += LAST ? t.own_summary : t.summary[i] + (t.where[i] == t.row ? t.share[i] : 0.f);
+        v *= LAST ? (GATED ? t.channel[i] : 1.f) : t.own_channel;
+        if (POOLS) v += LAST ? t.pools[i] : t.own_pools;
+        put(dx + i, v);
     }
 }
 
-// the gradient of x: from y if there is any, from the summary of the gated map, and from the poolings
+// The gradient of x: from y if there is any, from the summary of the gated map, and from the poolings. Neither is gated
+// where nothing comes from y.
 template <class T>
 void grad_input(const Map& map, const T* x, const T* dy, const float* channel, const float* spatial, const Maxima* summary,
                 const Maxima* pools, T* dx) {
     const int64_t b = map.b, c = map.c, n = map.n;
     const bool last = map.last;
     const int64_t width = last ? c : n, height = last ? n : c;
-    std::vector<float> means(summary ? size_t(b * n) : 0), pooled(pools ? size_t(b * c) : 0, 0.f);
-    for (size_t i = 0; i < means.size(); ++i) means[i] = summary->dmean[i] / float(c);
-    for (size_t i = 0; pools && pools->dmean && i < pooled.size(); ++i) pooled[i] = pools->dmean[i] / float(n);
+    expect(dx, b * c * n * int64_t(sizeof(T)));
+    const Shares to_summary(map.threads, summary, b * n, c);
+    Shares to_pools(map.threads, pools, b * c, n);
+    if (pools && !pools->dmean) to_pools.mean.assign(size_t(b * c), 0.f);
     const float* across = last ? channel : spatial;
     const float* own = last ? spatial : channel;
+    // adds to the element of a row where a maximum of the row is, the row being in the cache
+    auto add = [&](int64_t row, int64_t begin, int64_t size, const Shares& shares, const int32_t* where, const float* gates) {
+        const int64_t place = where[row] - begin;
+        if (where[row] < 0 || place < 0 || place >= size) return;
+        T* at = dx + row * width + where[row];
+        put(at, get(at) + shares.max[row] * (gates ? gates[place] : 1.f));
+    };
     auto rows = [&](auto is_last, auto is_gated, auto has_summary, auto has_pools) {
-        each_row(map, b * height, width, [&](int64_t row) {
-            const int64_t before = row / height * width;
+        each_tile(map, height, width, [&](int64_t row, int64_t begin, int64_t size) {
+            const int64_t before = row / height * width + begin, from = row * width + begin;
             const float* gates = across ? across + before : nullptr;
             const float gate = own ? own[row] : 1.f;
-            if (!dy) {
-                // neither is gated where nothing comes from y
-                for (int64_t i = 0; i < width; ++i) {
-                    float v = has_summary ? means[last ? row : before + i] : 0.f;
-                    if (has_pools) v += pooled[last ? before + i : row];
-                    put(dx + row * width + i, v);
-                }
-                return;
+            Terms t{};
+            if (is_last) {
+                t.own_spatial = gate; t.channel = gates;
+                t.own_summary = has_summary ? to_summary.mean[row] : 0.f;
+                t.pools = has_pools ? &to_pools.mean[before] : nullptr;
+            } else {
+                t.spatial = gates; t.own_channel = gate; t.row = int32_t(row % height);
+                if (has_summary) { t.summary = &to_summary.mean[before]; t.share = &to_summary.max[before]; t.where = summary->where + before; }
+                t.own_pools = has_pools ? to_pools.mean[row] : 0.f;
             }
-            const Linear p = is_last
-                ? Linear{nullptr, nullptr, gates, has_pools ? &pooled[before] : nullptr, gate, has_summary ? means[row] : 0.f, 1, 0}
-                : Linear{gates, has_summary ? &means[before] : nullptr, nullptr, nullptr, 1, 0, gate, has_pools ? pooled[row] : 0.f};
-            linear_row<is_last, is_gated, has_summary, has_pools>(dy + row * width, dx + row * width, p, width);
+            if (dy) linear_row<is_last, is_gated, has_summary, has_pools>(dy + from, dx + from, t, size);
+            else
+                for (int64_t i = 0; i < size; ++i) {
+                    float v = 0;
+                    if (has_summary) v += is_last ? t.own_summary : t.summary[i] + (t.where[i] == t.row ? t.share[i] : 0.f);
+                    if (has_pools) v += is_last ? t.pools[i] : t.own_pools;
+                    put(dx + from + i, v);
+                }
+            if (has_summary && is_last) add(row, begin, size, to_summary, summary->where, gates);
+            if (has_pools && !is_last && pools->dmax) add(row, begin, size, to_pools, pools->where, nullptr);
         });
     };
     auto with_pools = [&](auto is_last, auto is_gated, auto has_summary) {
@@ -610,28 +719,25 @@ void grad_input(const Map& map, const T* x, const T* dy, const float* channel, c
     };
     if (last) with_gates(std::true_type{});
     else with_gates(std::false_type{});
-    auto at = [&](int64_t sample, int64_t j, int64_t i) {
-        return last ? (sample * n + i) * c + j : (sample * c + j) * n + i;
-    };
-    // one maximum writes to no element that another one of the same kind writes to
-    if (summary && summary->dmax)
-        each_row(map, b * n, 64, [&](int64_t where) {
-            const int32_t count = summary->count[where];
-            const float share = share_of(summary->dmax[where], count);
-            each_maximum(summary->where[where], count, c, [&](int64_t j) {
-                const float gate = channel ? channel[where / n * c + j] : 1.f;
-                const int64_t here = at(where / n, j, where % n);
-                if (count <= 1 || get(x + here) * gate == summary->max[where]) put(dx + here, get(dx + here) + share * gate);
-            });
+    // what is left: maxima in several places, and channels last the maxima over the positions
+    auto at = [&](int64_t sample, int64_t j, int64_t i) { return last ? (sample * n + i) * c + j : (sample * c + j) * n + i; };
+    if (summary)
+        each_row(map, b * n, 64, [&](int64_t one) {
+            if (summary->where[one] >= 0) return;
+            for (int64_t j = 0; j < c; ++j) {
+                const float gate = channel ? channel[one / n * c + j] : 1.f;
+                const int64_t here = at(one / n, j, one % n);
+                if (!summary->count[one] || get(x + here) * gate == summary->max[one]) put(dx + here, get(dx + here) + to_summary.max[one] * gate);
+            }
         });
     if (pools && pools->dmax)
-        each_row(map, b * c, 64, [&](int64_t where) {
-            const int32_t count = pools->count[where];
-            const float share = share_of(pools->dmax[where], count);
-            each_maximum(pools->where[where], count, n, [&](int64_t i) {
-                const int64_t here = at(where / c, where % c, i);
-                if (count <= 1 || get(x + here) == pools->max[where]) put(dx + here, get(dx + here) + share);
-            });
+        each_row(map, b * c, 64, [&](int64_t one) {
+            const int32_t where = pools->where[one];
+            if (where >= 0 && !last) return;
+            for (int64_t i = where < 0 ? 0 : where; i < (where < 0 ? n : where + 1); ++i) {
+                const int64_t here = at(one / c, one % c, i);
+                if (where >= 0 || !pools->count[one] || get(x + here) == pools->max[one]) put(dx + here, get(dx + here) + to_pools.max[one]);
+            }
         });
 }
 
