@@ -3,7 +3,7 @@
 import pytest
 
 from convattn import cli
-from convattn.ops import cpu, doctor
+from convattn.ops import doctor
 from convattn.ops.cpu import library
 
 
@@ -20,9 +20,8 @@ def test_what_serves_what() -> None:
 
 
 def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "loaded", lambda: None)
-    for place in (library, cpu):
-        monkeypatch.setattr(place, "why_not", lambda: "it was not compiled")
+    monkeypatch.setattr(library, "LOADED", None)
+    monkeypatch.setattr(library, "WHY_NOT", "it was not compiled")
     found = said()
     assert found["cpu"] == "fused operators are not used: it was not compiled"
     assert found["float32"] == "served by reference, since cpu is not: it was not compiled"

@@ -1,13 +1,14 @@
 """Convolutional block attention (Woo et al., 2018): its channel half, its spatial half, and both."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from convattn import checks, ops
 from convattn.errors import InvalidOption, ShapeMismatch
-from convattn.nn.base import ACTIVATIONS, Gate, described, hidden_width, plain
+from convattn.nn.base import ACTIVATIONS, Gate, described, held, hidden_width, plain
 from convattn.registry import register
 
 ORDERS = ("channel-spatial", "spatial-channel", "parallel")
@@ -17,19 +18,19 @@ _CONVOLUTIONS = frozenset(CONVOLUTIONS.values())
 _NORMS = frozenset(NORMS.values())
 
 
-def _is_window(conv: nn.Module) -> bool:
+def _is_window(conv: Any) -> bool:
     """Whether a layer is the convolution that the fused operators know."""
     if type(conv) not in _CONVOLUTIONS or not plain(conv):
         return False
     width, dimensions = conv.kernel_size[0], len(conv.kernel_size)
-    return (
+    return bool(
         width % 2 == 1
         and conv.kernel_size == (width,) * dimensions
         and conv.padding == (width // 2,) * dimensions
         and conv.stride == conv.dilation == (1,) * dimensions
         and (conv.in_channels, conv.out_channels, conv.groups) == (2, 1, 1)
         and conv.padding_mode == "zeros"
-        and conv._parameters["bias"] is None
+        and held(conv, "bias") is None
     )
 
 
@@ -108,6 +109,12 @@ class ChannelAttention(Gate):
     def of_pools(self, pooled: list[torch.Tensor]) -> torch.Tensor:
         """The gate (B, C) from poolings of the map, each (B, C)."""
         hidden = self.activation(self.fc1(torch.stack(pooled)))  # [pools, B, hidden]
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if type(self.fc2) is nn.Linear:
+                # the sum of what a linear layer makes of two is what it makes of their sum, but for the bias
+                logits = self.fc2(hidden.sum(0))
+                bias = self.fc2.bias
+                return torch.sigmoid(logits if bias is None else logits + (len(pooled) - 1) * bias)
         return torch.sigmoid(self.fc2(hidden).sum(0))
 
     def mlp(self) -> ops.Mlp | None:
@@ -215,30 +222,23 @@ class SpatialAttention(Gate):
     @torch.jit.unused
     def window(self) -> ops.Window | None:
         """The same as the fused operators take it; None where they have none like it."""
-        conv, norm = self.conv, self.norm
+        conv: Any = self.conv
+        norm: Any = self.norm
         if not _is_window(conv):
             return None
-        # the quick way to what every call asks for
-        weight = conv._parameters["weight"]
         if norm is None:
-            return ops.Window(weight)
-        running = norm._buffers
-        if type(norm) not in _NORMS or running["running_mean"] is None or not plain(norm):
+            return ops.Window(held(conv, "weight"))
+        known = type(norm) in _NORMS or (type(norm) is nn.SyncBatchNorm and not norm.training)
+        mean, var = norm._buffers.get("running_mean"), norm._buffers.get("running_var")
+        if not known or mean is None or not plain(norm):
             return None
-        return ops.Window(
-            weight,
-            norm._parameters["weight"],
-            norm._parameters["bias"],
-            running["running_mean"],
-            running["running_var"],
-            norm.training,
-            norm.eps,
-        )
+        weight, bias = held(norm, "weight"), held(norm, "bias")
+        return ops.Window(held(conv, "weight"), weight, bias, mean, var, norm.training, norm.eps)
 
     @torch.jit.unused
     def track(self, moments: torch.Tensor | None, count: int) -> None:
         """Let the norm's running mean and variance follow those of so many logits, where it is trained."""
-        norm = self.norm
+        norm: Any = self.norm
         if moments is None or norm is None:
             return
         norm.num_batches_tracked.add_(1)

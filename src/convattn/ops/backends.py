@@ -13,7 +13,8 @@ import torch
 from torch.autograd import forward_ad
 
 from convattn.errors import BackendUnavailable, InvalidOption
-from convattn.ops import cpu, fused, reference
+from convattn.ops import cpu, fused, operators, reference
+from convattn.ops.cpu import library
 
 # for whoever wants the other one everywhere
 VARIABLE = "CONVATTN_BACKEND"
@@ -112,17 +113,41 @@ def gated(
         The gated map, and the mean and biased variance (2) of the logits of the spatial gate where the fused operators
         computed them for a norm in training, whose running mean and variance are then still to be updated.
     """
-    if gates is not None and choice(x) == CPU and _alike(x, gates):
-        return fused.gated(cpu.Kernels, x, gates, strength, shortcut)
+    if gates is not None:
+        if torch.compiler.is_compiling():
+            if _better_than_compiled(x, gates) and _alike(x, gates):
+                return operators.call(x, gates, strength, shortcut)
+        elif choice(x) == CPU and _alike(x, gates):
+            return fused.gated(cpu.Kernels, x, gates, strength, shortcut)
     return reference.gated(x, pools, channel, spatial, strength, parallel, dimensions, shortcut), None
 
 
 def mean_max(x: torch.Tensor) -> torch.Tensor:
     """Pool a map (B, C, *spatial) to (B, 2C): the means, then the maxima."""
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-        if choice(x) == CPU:
-            return fused.mean_max(cpu.Kernels, x)
+        return _mean_max(x)
     return reference.mean_max(x)
+
+
+def _mean_max(x: torch.Tensor) -> torch.Tensor:
+    return fused.mean_max(cpu.Kernels, x) if choice(x) == CPU else reference.mean_max(x)
+
+
+def _better_than_compiled(x: torch.Tensor, gates: fused.Gates) -> bool:
+    """Whether a compiler is to call the fused operators: it is slower itself where maxima over channels are far apart.
+
+    Whatever is exported has to run without this package.
+    """
+    return (
+        gates.spatial is not None
+        and not torch.compiler.is_exporting()
+        and asked() != REFERENCE
+        and library.WHY_NOT is None
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.numel() > 0
+        and x.is_contiguous()
+    )
 
 
 def _alike(x: torch.Tensor, gates: fused.Gates) -> bool:

@@ -29,7 +29,7 @@ def status() -> list[tuple[str, str]]:
 
 
 def _cpu() -> str:
-    found = library.loaded()
+    found = library.LOADED
     if found is None:
         return f"fused operators are not used: {library.why_not()}"
     return f"fused operators, {found.instructions}: {found.path}"
@@ -42,7 +42,7 @@ def _served(dtype: torch.dtype) -> str:
 
 
 def _threads() -> str:
-    found = library.loaded()
+    found = library.LOADED
     shared = (
         "" if found is None or found.has_threads else "; the fused operators use one, since PyTorch's were not found"
     )

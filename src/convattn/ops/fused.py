@@ -26,7 +26,8 @@ from torch.nn import functional
 from convattn.ops import reference
 
 Tensor = torch.Tensor
-Maybe = torch.Tensor | None
+# a tensor, or None: which of them there are depends on the gates, and types cannot follow that
+Maybe = Any
 _aten = torch.ops.aten
 
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
@@ -35,7 +36,10 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
     "gelu": (functional.gelu, _aten.gelu_backward),
     "hardswish": (functional.hardswish, _aten.hardswish_backward),
 }
-GATE_ACTIVATIONS = {"sigmoid": torch.sigmoid, "hardsigmoid": functional.hardsigmoid}
+GATE_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "hardsigmoid": functional.hardsigmoid,
+}
 
 
 class Mlp(NamedTuple):
@@ -75,9 +79,9 @@ class Window(NamedTuple):
         """The gate (B, 1, *spatial) in plain PyTorch, from the summary (B, 2, *spatial)."""
         logits = convolve(summary, self.weight)
         if self.mean is not None:
-            running = (None, None) if self.training else (self.mean, self.var)
+            mean, var = (None, None) if self.training else (self.mean, self.var)
             logits = functional.batch_norm(
-                logits, *running, self.norm_weight, self.norm_bias, training=self.training, eps=self.eps
+                logits, mean, var, self.norm_weight, self.norm_bias, training=self.training, eps=self.eps
             )
         return torch.sigmoid(logits)
 
@@ -101,10 +105,16 @@ class Gates(NamedTuple):
         mlp, window = self.channel, self.spatial
         return (*(mlp[3:] if mlp else (None,) * 4), *(window[:3] if window else (None,) * 3))
 
+    def running(self, moments: Maybe) -> tuple[Maybe, Maybe]:
+        """Mean and variance that the norm has used: those of the batch, or the running ones."""
+        if moments is not None:
+            return moments[0:1], moments[1:2]
+        return (self.spatial.mean, self.spatial.var) if self.spatial else (None, None)
+
     def of(self, tensors: tuple[Maybe, ...]) -> "Gates":
-        """The same gates with other tensors."""
-        mlp = Mlp(*self.channel[:3], *tensors[:4]) if self.channel else None  # type: ignore[arg-type]
-        window = Window(*tensors[4:], *self.spatial[3:]) if self.spatial else None  # type: ignore[arg-type]
+        """The same gates with other tensors: all that gradients are computed for, and behind them mean and variance."""
+        mlp = Mlp(*self.channel[:3], *tensors[:4]) if self.channel else None
+        window = Window._make((*tensors[4:9], *self.spatial[5:])) if self.spatial else None
         return Gates(mlp, window, self.parallel)
 
 
@@ -122,8 +132,6 @@ class Kept(NamedTuple):
     # means, then maxima, over the channels (2, B, *spatial); behind the convolution (B, *spatial)
     planes: Maybe = None
     window: Maybe = None
-    # mean and biased variance of the latter in training
-    moments: Maybe = None
     # the spatial gate as it is multiplied (B, *spatial)
     spatial: Maybe = None
 
@@ -171,13 +179,13 @@ class Kernels(Protocol):
 
 def forward(
     kernels: Kernels, x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe = None
-) -> tuple[Tensor, Kept]:
-    """The gated map, and what its backward pass needs.
+) -> tuple[Tensor, Maybe, Kept]:
+    """The gated map, mean and biased variance that the norm has used in training, and what the backward pass needs.
 
     One pass after the other over the whole map: taking a few samples through all of them, so that they stay in a cache,
     was slower by 0 to 30 % on two cores.
     """
-    mlp, window, kept = gates.channel, gates.spatial, Kept()
+    mlp, window, moments, kept = gates.channel, gates.spatial, None, Kept()
     with _in_float32(x):
         if mlp is not None:
             channel, kept = kernels.mlp(mlp, kernels.pool(x, "mean" in mlp.pools, "max" in mlp.pools))
@@ -185,9 +193,9 @@ def forward(
         if window is not None:
             planes = kernels.summarise(x, None if gates.parallel else kept.channel)
             spatial, logits, moments = kernels.window(planes, window, strength)
-            kept = kept._replace(planes=planes, window=logits, moments=moments, spatial=spatial)
+            kept = kept._replace(planes=planes, window=logits, spatial=spatial)
         y = kernels.apply(x, kept.channel, kept.spatial, shortcut)
-    return y, kept
+    return y, moments, kept
 
 
 def backward(
@@ -199,7 +207,10 @@ def backward(
     kept: Kept,
     needs_map: bool,
 ) -> tuple[Maybe, Maybe, tuple[Maybe, ...]]:
-    """Gradients of the map, of the strength, and of the tensors of the gates."""
+    """Gradients of the map, of the strength, and of the tensors of the gates.
+
+    The mean and the variance of the gates are those that the norm has used.
+    """
     mlp, window, pooled = gates.channel, gates.spatial, kept.pooled
     gated = window is not None and mlp is not None and not gates.parallel
     seen = None if kept.planes is None else kept.planes[1]
@@ -243,22 +254,22 @@ def backward(
 
 
 def _gate(mlp: Mlp, kept: Kept) -> Tensor:
-    return GATE_ACTIVATIONS[mlp.gate](kept.logits)  # type: ignore[arg-type]
+    return GATE_ACTIVATIONS[mlp.gate](kept.logits)
 
 
 def mlp(mlp: Mlp, pooled: Tensor) -> tuple[Tensor, Kept]:
     """The gate of poolings (pools, B, C), and what is kept."""
-    first = functional.linear(pooled, _wide(mlp.first), _wide(mlp.first_bias))  # type: ignore[arg-type]
+    first = functional.linear(pooled, _wide(mlp.first), _wide(mlp.first_bias))
     # the sum of what a linear layer makes of both poolings is what it makes of their sum, but for the bias
     hidden = ACTIVATIONS[mlp.activation][0](first).sum(0)
     bias = _wide(mlp.second_bias)
     if bias is not None and len(pooled) == 2:
         bias = bias + bias
-    logits = functional.linear(hidden, _wide(mlp.second), bias)  # type: ignore[arg-type]
+    logits = functional.linear(hidden, _wide(mlp.second), bias)
     return GATE_ACTIVATIONS[mlp.gate](logits), Kept(pooled, first, hidden, logits)
 
 
-def _grad_mlp(mlp: Mlp, kept: Kept, dgate: Tensor) -> tuple[Tensor, tuple[Maybe, ...]]:
+def _grad_mlp(mlp: Mlp, kept: Any, dgate: Tensor) -> tuple[Tensor, tuple[Maybe, ...]]:
     """Gradients of the poolings and of the weights and biases."""
     pooled, first, logits = kept.pooled, kept.first, kept.logits
     if mlp.gate == "sigmoid":
@@ -311,8 +322,7 @@ def gated(
     shortcut = None if shortcut is None else like(shortcut, x)
     if torch.is_grad_enabled():
         return Gating.apply(x, strength, shortcut, kernels, gates, *gates.tensors())  # type: ignore[no-any-return]
-    y, kept = forward(kernels(x), x, gates, strength, shortcut)
-    return y, kept.moments
+    return forward(kernels(x), x, gates, strength, shortcut)[:2]
 
 
 class Gating(torch.autograd.Function):
@@ -328,21 +338,22 @@ class Gating(torch.autograd.Function):
         gates: Gates,
         *tensors: Maybe,
     ) -> tuple[Tensor, Maybe]:
-        y, kept = forward(kernels(x), x, gates, strength, shortcut)
-        ctx.kernels, ctx.gates = kernels, Gates(*gates)
-        ctx.save_for_backward(x, strength, shortcut, y if shortcut is not None else None, *tensors, *kept)
-        if kept.moments is not None:
-            ctx.mark_non_differentiable(kept.moments)
-        return y, kept.moments
+        y, moments, kept = forward(kernels(x), x, gates, strength, shortcut)
+        ctx.kernels, ctx.gates = kernels, gates
+        running = gates.running(moments)
+        ctx.save_for_backward(x, strength, shortcut, y if shortcut is not None else None, *tensors, *running, *kept)
+        if moments is not None:
+            ctx.mark_non_differentiable(moments)
+        return y, moments
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: Maybe) -> tuple[Any, ...]:
         x, strength, shortcut, y, *rest = ctx.saved_tensors
         gates: Gates = ctx.gates
-        tensors, kept = tuple(rest[:7]), Kept(*rest[7:])
+        tensors, running, kept = tuple(rest[:7]), tuple(rest[7:9]), Kept(*rest[9:])
         if differentiated(dy):
             found = gradients(
-                lambda x, strength, shortcut, *tensors: [plainly(x, gates.of(tensors), strength, shortcut)],
+                lambda x, strength, shortcut, *tensors: [plainly(x, gates.of(tensors + running), strength, shortcut)],
                 [x, strength, shortcut, *tensors],
                 [dy],
             )
@@ -351,7 +362,7 @@ class Gating(torch.autograd.Function):
         if shortcut is not None:
             dy = _aten.threshold_backward(dy, y, 0)
         dx, dstrength, dtensors = backward(
-            ctx.kernels(x), x, dy, gates.of(tensors), strength, kept, ctx.needs_input_grad[0]
+            ctx.kernels(x), x, dy, gates.of(tensors + running), strength, kept, ctx.needs_input_grad[0]
         )
         return (
             dx,
@@ -401,7 +412,7 @@ class MeanMax(torch.autograd.Function):
             (dx,) = gradients(lambda x: [reference.mean_max(x)], [x], [dpooled])
             return dx, None
         kernels = ctx.kernels(x)
-        dmean, dmax = dpooled.float().unflatten(1, (2, -1)).transpose(0, 1).contiguous()
+        dmean, dmax = (half.float().contiguous() for half in dpooled.chunk(2, dim=1))
         places = kernels.grad_summary(x, None, (None,) * 4, pooled[1], None)
         nothing = (None,) * 4
         return kernels.grad_input(x, None, None, None, nothing, (pooled[1], dmean, dmax, places)), None

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 
 from convattn.ops import fused
-from convattn.ops.cpu.library import FEW_PRODUCTS, SUFFIXES, Library, loaded, threads_for, why_not
+from convattn.ops.cpu.library import FEW_PRODUCTS, SUFFIXES, loaded, threads_for, why_not
 
 Tensor = torch.Tensor
-Maybe = torch.Tensor | None
+Maybe = Any
 
 
 def why_not_for(x: Tensor) -> str | None:
@@ -32,9 +32,7 @@ class Kernels:
     """See `fused.Kernels`."""
 
     def __init__(self, x: Tensor) -> None:
-        library = loaded()
-        assert library is not None  # noqa: S101
-        self.library: Library = library
+        self.library = loaded()
         self.batch, self.channels = x.shape[:2]
         self.positions = x.shape[2:]
         elements = x.numel()
@@ -69,7 +67,7 @@ class Kernels:
         pointers = [at, at + 4 * sizes[0], at + 4 * (sizes[0] + sizes[1]), at + 4 * (sizes[0] + sizes[1] + sizes[2])]
         call = self.library.functions["mlp", torch.float32]
         call(pools, batch, channels, width, pooled.data_ptr(), *map(_at, mlp[3:]), *pointers)
-        first, hidden, logits, gate = found.split(sizes)
+        first, hidden, logits, gate = found.split(sizes)  # type: ignore[no-untyped-call]
         kept = fused.Kept(
             pooled, first.view(pools, batch, width), hidden.view(batch, width), logits.view(batch, channels)
         )
@@ -151,7 +149,7 @@ class Kernels:
         """Gradients of the planes, of the weight, and of norm weight, norm bias and strength together (3)."""
         sums, dlogits = torch.empty(3), torch.empty_like(dgate)
         pointers = (dgate.data_ptr(), dlogits.data_ptr(), sums.data_ptr())
-        self._gate("grad_gate", kept.window, window, kept.moments, strength, *pointers)
+        self._gate("grad_gate", kept.window, window, None, strength, *pointers)
         weight = _small(window.weight)
         if self._in_plane(weight):
             dplanes, dweight = torch.empty_like(planes), torch.empty(weight.shape)
@@ -192,7 +190,7 @@ class Kernels:
         call(
             count,
             threads_for(4 * count),
-            moments is not None,
+            window.training,
             window.eps,
             logits.data_ptr(),
             weight,

@@ -1,8 +1,7 @@
-"""The compiled kernels, through ctypes: loaded once, when they are first asked for."""
+"""The compiled kernels, through ctypes."""
 
 import ctypes
 import os
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -91,19 +90,8 @@ def openmp() -> ctypes.CDLL | None:
     return None
 
 
-@cache
-def loaded() -> Library | None:
-    """The library, or None where there is none: `why_not` tells why."""
-    return _found()[0]
-
-
-def why_not() -> str | None:
-    """Why there is no library; None where there is one."""
-    return _found()[1]
-
-
-@cache
 def _found() -> tuple[Library | None, str | None]:
+    """The library, or why there is none."""
     paths = sorted(path for path in FOLDER.glob("_kernels*") if path.suffix in (".so", ".pyd", ".dylib"))
     if not paths:
         return None, "it was not compiled when convattn was installed, which takes a C++ compiler"
@@ -111,6 +99,21 @@ def _found() -> tuple[Library | None, str | None]:
         return Library(paths[-1]), None
     except (OSError, AttributeError) as error:
         return None, f"{paths[-1]} cannot be loaded ({error})"
+
+
+# at import, so that compilers find plain values
+LOADED, WHY_NOT = _found()
+
+
+def loaded() -> Library:
+    """The library, where `why_not` says nothing."""
+    assert LOADED is not None, WHY_NOT  # noqa: S101
+    return LOADED
+
+
+def why_not() -> str | None:
+    """Why there is no library; None where there is one."""
+    return WHY_NOT
 
 
 def threads_for(elements: int) -> int:
