@@ -63,7 +63,17 @@ inline void add_to(double* sum, Vec v) {
     s += __builtin_convertvector(v, Wide);
     std::memcpy(sum, &s, sizeof s);
 }
+// rows of this many elements and less are read several at a time also where one follows the other
+constexpr int64_t NARROW = 128;
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
+
+// Asks for what follows R rows, when some of the rows are read: the processor itself follows few rows at a time. Called
+// for W places after another, of which every second begins a line of the cache.
+template <int R, class T>
+inline void prefetch(const T* x, int64_t stride, int64_t i) {
+    if (i * int64_t(sizeof(T)) % 64) return;
+    for (int r = 0; r < R; ++r) __builtin_prefetch(x + (R + r) * stride + i);
+}
 
 // sum, and if asked the maximum, of x[i] * factor[i], or of x[i] without factors
 template <bool MAX, bool FACTOR, class T>
@@ -119,6 +129,7 @@ inline void add_rows(const T* x, int64_t stride, const float* scale, double* sum
     int64_t i = 0;
     for (; i + W <= n; i += W) {
         Vec total = splat(0.f), top = splat(LOWEST);
+        if (R > 1) prefetch<R>(x, stride, i);
         for (int r = 0; r < R; ++r) {
             Vec v = load(x + r * stride + i);
             if (scale) v *= splat(scale[r]);
@@ -138,7 +149,7 @@ inline void add_rows(const T* x, int64_t stride, const float* scale, double* sum
 template <bool MAX, class T>
 inline void reduce_columns(const T* x, int64_t stride, int64_t rows, const float* scale, double* sum, float* max, int64_t n) {
     int64_t r = 0;
-    for (; r + 8 <= rows; r += 8) add_rows<8, MAX>(x + r * stride, stride, scale ? scale + r : nullptr, sum, max, n);
+    for (; r + 8 <= rows && (stride > n || n <= NARROW); r += 8) add_rows<8, MAX>(x + r * stride, stride, scale ? scale + r : nullptr, sum, max, n);
     for (; r < rows; ++r) add_rows<1, MAX>(x + r * stride, stride, scale ? scale + r : nullptr, sum, max, n);
 }
 
@@ -180,12 +191,18 @@ struct Maxima { const float *max, *dmean, *dmax; const int32_t *where, *count; }
 // the shape of a map, its order in memory, and the threads that it is worth
 struct Map { int64_t b, c, n; bool last; int threads; };
 
-// positions or channels of which the running sums stay in the first cache
-constexpr int64_t TILE = 1024;
+// positions of channels-first maps of which the running sums stay in the first cache
+constexpr int64_t TILE = 2048;
 // elements that one unit of work takes at least
 constexpr int64_t UNIT = 16384;
 inline int64_t rows_for(int64_t width) { return std::max<int64_t>(1, UNIT / std::max<int64_t>(1, width)); }
 inline int64_t units(int64_t n, int64_t size) { return (n + size - 1) / size; }
+// so many positions at most, in tiles that can be shared among the threads
+inline int64_t tile_of(const Map& map, int64_t most) {
+    int64_t tiles = units(map.n, most);
+    while (map.b * tiles % map.threads && tiles * 256 < map.n) ++tiles;
+    return (units(map.n, tiles) + W - 1) / W * W;
+}
 // positions of channels-last maps that one unit of work takes
 inline int64_t rows_of_unit(const Map& map) {
     const int64_t fair = (map.b * map.n + 4 * map.threads - 1) / (4 * map.threads);
@@ -203,7 +220,7 @@ inline void each_row(const Map& map, int64_t rows, int64_t width, const Work& wo
 // work(row, begin, size) for all rows of all samples in tiles, so that what all rows of a sample need stays in a cache
 template <class Work>
 inline void each_tile(const Map& map, int64_t height, int64_t width, const Work& work) {
-    const int64_t tile = map.last ? width : TILE, some = rows_for(std::min(tile, width));
+    const int64_t tile = map.last ? width : tile_of(map, 2 * TILE), some = rows_for(std::min(tile, width));
     const int64_t wide = units(width, tile), high = units(height, some);
     parallel(map.threads, map.b * wide * high, [&](int64_t unit) {
         const int64_t sample = unit / (wide * high), begin = unit / high % wide * tile, first = unit % high * some;
@@ -263,9 +280,9 @@ void summarise(const Map& map, const T* x, const float* gate, float* mean, float
         return each_row(map, b * n, c, [&](int64_t row) {
             mean[row] = reduce_row<true>(x + row * c, gate ? gate + row / n * c : nullptr, c, max + row) / float(c);
         });
-    const int64_t parts = units(n, TILE);
+    const int64_t tile = tile_of(map, TILE), parts = units(n, tile);
     parallel(threads, b * parts, [&](int64_t unit) {
-        const int64_t sample = unit / parts, begin = unit % parts * TILE, size = std::min(TILE, n - begin);
+        const int64_t sample = unit / parts, begin = unit % parts * tile, size = std::min(tile, n - begin);
         const T* from = x + sample * c * n + begin;
         const float* scale = gate ? gate + sample * c : nullptr;
         double sum[TILE] = {};
@@ -363,6 +380,7 @@ inline void product_rows(const Rows& rows, int64_t row, const T* x, const T* dy,
         const Vec a = rows.across ? load(rows.across + i) : splat(1.f);
         Vec total = splat(0.f);
         const bool across = FIND == ACROSS_ROWS;
+        if (R > 1) { prefetch<R>(x, rows.stride, i); prefetch<R>(dy, rows.stride, i); }
         const Vec tops = across ? load(rows.max + i) : splat(0.f);
         Int at = across ? load(rows.places.where + i) : splat(0), equals = across ? load(rows.places.count + i) : splat(0);
         for (int r = 0; r < R; ++r) {
@@ -413,8 +431,10 @@ void grad_gates(const Map& map, const T* x, const T* dy, const float* channel, c
     const float* own = last ? spatial : channel;
     float* dacross = last ? dchannel : dspatial;
     float* down = last ? dspatial : dchannel;
-    const int64_t tile = last ? width : TILE, tall = last ? rows_of_unit(map) : height;
+    const int64_t tile = last ? width : tile_of(map, TILE), tall = last ? rows_of_unit(map) : height;
     const int64_t wide_parts = units(width, tile), tall_parts = units(height, tall);
+    // several rows at a time, unless that is to read in several places at once where one after the other would do
+    const bool together = !last || width <= NARROW;
     std::vector<float> partial_own(down && wide_parts > 1 ? size_t(b * height * wide_parts) : 0);
     std::vector<double> partial_across(dacross ? size_t(b * width * tall_parts) : 0, 0.0);
     auto all = [&](auto has_down, auto has_across, auto find) {
@@ -429,7 +449,7 @@ void grad_gates(const Map& map, const T* x, const T* dy, const float* channel, c
             for (int64_t row = high * tall; row < end;) {
                 const int64_t from = (before + row) * width + begin;
                 float found[4];
-                const int some = row + 4 <= end ? 4 : 1;
+                const int some = together && row + 4 <= end ? 4 : 1;
                 if (some == 4) product_rows<4, has_down, has_across, find>(rows, row, x + from, dy + from, found, sums);
                 else product_rows<1, has_down, has_across, find>(rows, row, x + from, dy + from, found, sums);
                 for (int r = 0; r < some && has_down; ++r)
@@ -476,6 +496,7 @@ inline void weigh_rows(const T* x, int64_t n, const float* weights, float* found
         for (int r = 0; r < R; ++r) s[r] = splat(0.f);
         for (const int64_t end = std::min(n, i + 512 * W); i + W <= end; i += W, here += W) {
             const Vec w = SUM ? load(weights + i) : splat(0.f);
+            if (R > 1) prefetch<R>(x, n, i);
             for (int r = 0; r < R; ++r) {
                 const Vec v = load(x + r * n + i);
                 if (SUM) s[r] += v * w;
@@ -502,6 +523,10 @@ inline void weigh_rows(const T* x, int64_t n, const float* weights, float* found
 // where some rows are the maxima of their columns
 template <class T>
 inline void find_in_rows(const T* x, int64_t n, int32_t row, int64_t rows, const float* max, const Places& places) {
+    if (n > NARROW && rows > 1) {
+        for (int64_t r = 0; r < rows; ++r) find_in_rows(x + r * n, n, int32_t(row + r), 1, max, places);
+        return;
+    }
     int64_t i = 0;
     for (; i + W <= n; i += W) {
         const Vec top = load(max + i);
