@@ -187,6 +187,27 @@ def interleaved(
     seconds: float = 60.0,
     device: torch.device | None = None,
 ) -> tuple[dict[str, Spread], dict[str, Spread]]:
+    """Time several steps in turn: see `rounds` for the arguments.
+
+    Returns:
+        Milliseconds of each step, and the ratio of each step to the first, round by round.
+    """
+    times = rounds(steps, repeats=repeats, seconds=seconds, device=device)
+    first = times[next(iter(times))]
+    ratios = {name: [value / base for value, base in zip(values, first, strict=True)] for name, values in times.items()}
+    return (
+        {name: Spread.of(values) for name, values in times.items()},
+        {name: Spread.of(values) for name, values in ratios.items()},
+    )
+
+
+def rounds(
+    steps: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int = 10,
+    seconds: float = 60.0,
+    device: torch.device | None = None,
+) -> dict[str, list[float]]:
     """Time several steps in turn, so that whatever disturbs the machine disturbs all of them.
 
     From round to round the order is turned by one place or reversed, so that none is always the first, nor always
@@ -199,7 +220,7 @@ def interleaved(
         device: on CUDA the time is that of events in the device's queue; None for the CPU.
 
     Returns:
-        Milliseconds of each step, and the ratio of each step to the first, round by round.
+        Milliseconds of each step in each round.
     """
     for step in steps.values():
         step()
@@ -210,12 +231,7 @@ def interleaved(
             break
         for name in _order(list(steps), done):
             times[name].append(_milliseconds(steps[name], device))
-    first = times[next(iter(times))]
-    ratios = {name: [value / base for value, base in zip(values, first, strict=True)] for name, values in times.items()}
-    return (
-        {name: Spread.of(values) for name, values in times.items()},
-        {name: Spread.of(values) for name, values in ratios.items()},
-    )
+    return times
 
 
 def _order(names: list[str], turn: int) -> list[str]:

@@ -58,6 +58,14 @@ Examples:
   CONVATTN_BACKEND=reference convattn doctor
 """
 
+BENCH_EXAMPLES = """\b
+Examples:
+  convattn bench
+  convattn bench --op se --against timm,torchvision
+  convattn bench --network timm:resnet50 --shapes 16x256x28x28
+  THP_MEM_ALLOC_ENABLE=0 convattn bench --against timm,compile,plain
+"""
+
 SHOW_EXAMPLES = """\b
 Examples:
   convattn show convattn-digits-1a2b3c4d/runs/cbam-seed0/weights.safetensors cat.jpg dog.jpg --out shown
@@ -233,6 +241,51 @@ def doctor() -> None:
     from convattn.tables import aligned
 
     sys.stdout.write("\n".join(aligned([[name, said] for name, said in status()], "<<")) + "\n")
+
+
+@app.command(epilog=BENCH_EXAMPLES)
+def bench(
+    op: Annotated[str, typer.Option(help="cbam or se.")] = "cbam",
+    network: Annotated[
+        str, typer.Option(help="Also a training step of this network with it; a name of timm's, or as for compare.")
+    ] = "none",
+    against: Annotated[
+        str, typer.Option(help="timm, torchvision, compile (timm's, compiled) and plain (ours in plain PyTorch).")
+    ] = "timm,plain",
+    shapes: Annotated[
+        str | None, typer.Option(help="Maps, separated by commas.", show_default="six of a ResNet-50, and a small one")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Rounds of the candidates.")] = 11,
+    batch: Annotated[int, typer.Option(help="Images for the network.")] = 8,
+    image_size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 224,
+    out: Annotated[Path, typer.Option(help="Folder for results.json, table.md and figure.svg.")] = Path("bench"),
+) -> None:
+    """Measure what attention costs on this machine beside what others ask for it. Ctrl-C keeps what is measured."""
+    from convattn import bench as measuring
+    from convattn import errors
+
+    names = against.split(",")
+    try:
+        given = None if shapes is None else [tuple(int(size) for size in one.split("x")) for one in shapes.split(",")]
+    except ValueError as error:
+        raise errors.InvalidOption(f"bench: shapes are given as 16x256x28x28, got {shapes!r}.") from error
+    result = measuring.Result()
+    try:
+        measuring.run(
+            op,
+            network=None if network == "none" else network,
+            against=names,
+            shapes=measuring.SHAPES if given is None else given,
+            repeats=repeats,
+            batch=batch,
+            side=image_size,
+            said=lambda line: sys.stderr.write(line + "\n"),
+            result=result,
+        )
+    finally:
+        if result.maps:
+            folder = measuring.save(result, names, out)
+            sys.stdout.write(f"{measuring.text(result, names)}\n\nTable, figure and numbers: {folder}\n")
 
 
 @app.command(epilog=SITES_EXAMPLES)
