@@ -180,11 +180,6 @@ inline void begin_notes(const Places& places, int64_t n) {
 inline void end_notes(const Places& places, int64_t n) {
     for (int64_t i = 0; i < n; ++i) places.where[i] = places.count[i] == 1 ? places.where[i] : -1;
 }
-// what each of them gets of a gradient
-inline float share_of(float gradient, int32_t count) {
-    return count ? gradient / float(count) : std::numeric_limits<float>::quiet_NaN();
-}
-
 // what a summary or the poolings of a map are, and the gradients that they got; without maxima where dmax is null
 struct Maxima { const float *max, *dmean, *dmax; const int32_t *where, *count; };
 
@@ -543,19 +538,60 @@ inline void find_in_rows(const T* x, int64_t n, int32_t row, int64_t rows, const
         for (int64_t r = 0; r < rows; ++r) if (get(x + r * n + i) == max[i]) note_one(places, i, row + r);
 }
 
-// of the gradients of a summary or of poolings of `size` each: that of the mean for each element, and that of a maximum
+// Of the gradients of a summary or of poolings of `size` each: that of the mean for each element, and that of a maximum for
+// each of its places. Where a maximum is NaN and nowhere, as in torch.amax all elements get NaN, here by way of the mean.
+// `tied` tells whether any maximum is in several places, so that who is one has to be asked of the map.
 struct Shares {
     std::vector<float> mean, max;
-    Shares(int threads, const Maxima* of, int64_t count, int64_t size) : mean(of && of->dmean ? size_t(count) : 0), max(of && of->dmax ? size_t(count) : 0) {
+    bool tied = false;
+    Shares(int threads, const Maxima* of, int64_t count, int64_t size) : mean(of ? size_t(count) : 0), max(of && of->dmax ? size_t(count) : 0) {
         if (!of) return;
+        std::vector<char> found(size_t(units(count, UNIT)), 0);
         parallel(threads, units(count, UNIT), [&](int64_t unit) {
             for (int64_t i = unit * UNIT; i < std::min(count, (unit + 1) * UNIT); ++i) {
-                if (of->dmean) mean[i] = of->dmean[i] / float(size);
-                if (of->dmax) max[i] = share_of(of->dmax[i], of->count[i]);
+                mean[i] = of->dmean ? of->dmean[i] / float(size) : 0.f;
+                if (!of->dmax) continue;
+                const int32_t places = of->count[i];
+                max[i] = places ? of->dmax[i] / float(places) : 0.f;
+                if (!places) mean[i] = std::numeric_limits<float>::quiet_NaN();
+                found[unit] |= places > 1;
             }
         });
+        for (const char one : found) tied |= one != 0;
     }
 };
+
+// sum of x times what each element gets from a summary with tied maxima, for a channel
+template <class T>
+inline float tied_row(const T* x, float gate, const float* mean, const float* top, const float* share, int64_t n) {
+    double total = 0;
+    int64_t i = 0;
+    while (i + W <= n) {
+        Vec s = splat(0.f);
+        for (const int64_t end = std::min(n, i + 512 * W); i + W <= end; i += W) {
+            const Vec v = load(x + i);
+            const Int equal = v * splat(gate) == load(top + i);
+            s += v * (load(mean + i) + (equal ? load(share + i) : splat(0.f)));
+        }
+        total += sum_of(s);
+    }
+    for (; i < n; ++i) { const float v = get(x + i); total += v * (mean[i] + (v * gate == top[i] ? share[i] : 0.f)); }
+    return float(total);
+}
+// the same for a position: added to the sums of all channels
+template <class T>
+inline void add_tied_row(const T* x, const float* gates, float mean, float top, float share, double* sum, int64_t n) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+        const Vec v = load(x + i);
+        const Int equal = (gates ? v * load(gates + i) : v) == splat(top);
+        add_to(sum + i, v * (splat(mean) + (equal ? splat(share) : splat(0.f))));
+    }
+    for (; i < n; ++i) {
+        const float v = get(x + i);
+        sum[i] += v * (mean + ((gates ? v * gates[i] : v) == top ? share : 0.f));
+    }
+}
 
 // Adds to the gradient of the channel gate what comes to it by the summary, sum of x * (dmean / C + dmax where largest),
 // where there is a summary; and finds where the maxima over the positions are, where they are given.
@@ -565,6 +601,8 @@ void grad_summary(const Map& map, const T* x, const float* channel, const Maxima
     const int64_t b = map.b, c = map.c, n = map.n;
     const bool last = map.last;
     const int threads = map.threads;
+    const Shares shares(threads, summary, b * n, c);
+    // with ties each element is asked whether it is a maximum; without them the products are read off the maxima below
     if (!last) {
         auto rows = [&](auto sum, auto find) {
             const int64_t some = (rows_for(n) + 3) / 4 * 4, parts = units(c, some);
@@ -574,17 +612,23 @@ void grad_summary(const Map& map, const T* x, const float* channel, const Maxima
                     const int64_t row = sample * c + j;
                     const int many = j + 4 <= end ? 4 : 1;
                     float found[4];
-                    const float* weights = sum ? summary->dmean + sample * n : nullptr;
+                    const float* weights = sum ? &shares.mean[sample * n] : nullptr;
                     (many == 4 ? weigh_rows<4, sum, find, T> : weigh_rows<1, sum, find, T>)(
                         x + row * n, n, weights, found, max + (find ? row : 0), places + (find ? row : 0), places + (find ? b * c + row : 0));
-                    for (int r = 0; r < many && sum; ++r) dchannel[row + r] += found[r] / float(c);
+                    for (int r = 0; r < many && sum; ++r) dchannel[row + r] += found[r];
                     j += many;
                 }
             });
         };
-        if (summary && max) rows(std::true_type{}, std::true_type{});
-        else if (summary) rows(std::true_type{}, std::false_type{});
-        else rows(std::false_type{}, std::true_type{});
+        if (shares.tied)
+            each_row(map, b * c, n, [&](int64_t row) {
+                const int64_t at = row / c * n;
+                dchannel[row] += tied_row(x + row * n, channel ? channel[row] : 1.f, &shares.mean[at], summary->max + at, &shares.max[at], n);
+            });
+        const bool sum = summary && !shares.tied;
+        if (sum && max) rows(std::true_type{}, std::true_type{});
+        else if (sum) rows(std::true_type{}, std::false_type{});
+        else if (max) rows(std::false_type{}, std::true_type{});
     } else {
         const int64_t rows = rows_of_unit(map), parts = units(n, rows);
         std::vector<double> sums(summary ? size_t(b * parts * c) : 0, 0.0);
@@ -596,7 +640,9 @@ void grad_summary(const Map& map, const T* x, const float* channel, const Maxima
             // few rows at a time, which are in the cache when they are read again
             for (int64_t row = 0; row < size; row += 8) {
                 const int64_t some = std::min<int64_t>(8, size - row), at = sample * n + begin + row;
-                if (summary) reduce_columns<false>(x + at * c, c, some, summary->dmean + at, &sums[unit * c], nullptr, c);
+                if (summary && !shares.tied) reduce_columns<false>(x + at * c, c, some, &shares.mean[at], &sums[unit * c], nullptr, c);
+                for (int64_t r = at; r < at + some && shares.tied; ++r)
+                    add_tied_row(x + r * c, channel ? channel + sample * c : nullptr, shares.mean[r], summary->max[r], shares.max[r], &sums[unit * c], c);
                 if (max) find_in_rows(x + at * c, c, int32_t(begin + row), some, top, here);
             }
         });
@@ -610,12 +656,12 @@ void grad_summary(const Map& map, const T* x, const float* channel, const Maxima
                     where = noted[2 * unit * c + j];
                     count += noted[(2 * unit + 1) * c + j];
                 }
-                if (summary) dchannel[sample * c + j] += float(total / double(c));
+                if (summary) dchannel[sample * c + j] += float(total);
                 if (max) { places[sample * c + j] = count == 1 ? where : -1; places[(b + sample) * c + j] = count; }
             }
         });
     }
-    if (!summary) return;
+    if (!summary || shares.tied) return;
     // By the maxima. What was multiplied with the gate to give one is known without reading the map, but for tiny numbers.
     const int64_t some = std::max<int64_t>(4096, 8 * c), parts = units(n, some);
     std::vector<double> totals(size_t(b * parts * c), 0.0);
@@ -624,19 +670,13 @@ void grad_summary(const Map& map, const T* x, const float* channel, const Maxima
         double* total = &totals[unit * c];
         for (int64_t i = begin; i < std::min(n, begin + some); ++i) {
             const int64_t at = sample * n + i;
-            auto value = [&](int64_t j) { return get(x + (last ? at * c + j : (sample * c + j) * n + i)); };
             const int32_t where = summary->where[at];
-            const float max = summary->max[at], share = share_of(summary->dmax[at], summary->count[at]);
-            if (where >= 0) {
-                const float gate = channel ? channel[sample * c + where] : 1.f;
-                const bool known = std::fabs(max) > 1e-30f && std::fabs(gate) > 1e-30f;
-                total[where] += double(known ? max / gate : value(where)) * share;
-                continue;
-            }
-            for (int64_t j = 0; j < c; ++j) {
-                const float v = value(j);
-                if (!summary->count[at] || v * (channel ? channel[sample * c + j] : 1.f) == max) total[j] += double(v) * share;
-            }
+            // NaN, which has come by the mean
+            if (where < 0) continue;
+            const float max = summary->max[at], gate = channel ? channel[sample * c + where] : 1.f;
+            const bool known = std::fabs(max) > 1e-30f && std::fabs(gate) > 1e-30f;
+            const float v = known ? max / gate : get(x + (last ? at * c + where : (sample * c + where) * n + i));
+            total[where] += double(v) * shares.max[at];
         }
     });
     each_row(map, b * c, parts, [&](int64_t row) {
@@ -646,38 +686,52 @@ void grad_summary(const Map& map, const T* x, const float* channel, const Maxima
     });
 }
 
-// What the gradient of the map is computed from, in channel order: dx = (dy * spatial + summary) * channel + pools. A row
-// is a channel or, channels last, a position; what varies within it is an array, what does not is a number.
+// What the gradient of the map is computed from: dx = (dy * spatial + summary) * channel + pools. A row is a channel or,
+// channels last, a position; what varies within it is an array, what does not is a number.
+struct Maximum { const float *top, *share; float own_top, own_share; };
 struct Terms {
     const float *spatial, *summary, *channel, *pools;
     float own_spatial, own_summary, own_channel, own_pools;
-    // channels first: gradients of maxima over the channels, and where each is
-    const float* share;
+    Maximum over_channels, over_positions;
+    // channels first and without ties: where each maximum over the channels is
     const int32_t* where;
     int32_t row;
 };
-template <bool LAST, bool GATED, bool SUMMARY, bool POOLS, class T>
-inline void linear_row(const T* dy, T* dx, const Terms& t, int64_t n) {
+template <bool LAST, bool GATED, bool SUMMARY, bool POOLS, bool TIED, class T>
+inline void linear_row(const T* x, const T* dy, T* dx, const Terms& t, int64_t n) {
     const Vec spatial = splat(t.own_spatial), summary = splat(t.own_summary), channel = splat(t.own_channel), pools = splat(t.own_pools);
     const Int here = splat(t.row);
+    const Maximum &c = t.over_channels, &p = t.over_positions;
     int64_t i = 0;
     for (; i + W <= n; i += W) {
-        Vec v = load(dy + i);
+        Vec v = load(dy + i), given = splat(0.f);
+        if (TIED) given = load(x + i);
+        const Vec gate = !LAST ? channel : GATED ? load(t.channel + i) : splat(1.f);
         if (LAST) v *= spatial;
         else if (GATED) v *= load(t.spatial + i);
         if (SUMMARY) v += LAST ? summary : load(t.summary + i);
-        if (SUMMARY && !LAST) v += load(t.where + i) == here ? load(t.share + i) : splat(0.f);
-        if (!LAST) v *= channel;
-        else if (GATED) v *= load(t.channel + i);
+        if (SUMMARY && TIED) {
+            const Int equal = given * gate == (LAST ? splat(c.own_top) : load(c.top + i));
+            v += equal ? (LAST ? splat(c.own_share) : load(c.share + i)) : splat(0.f);
+        } else if (SUMMARY && !LAST) v += load(t.where + i) == here ? load(c.share + i) : splat(0.f);
+        v *= gate;
         if (POOLS) v += LAST ? load(t.pools + i) : pools;
+        if (POOLS && TIED) {
+            const Int equal = given == (LAST ? load(p.top + i) : splat(p.own_top));
+            v += equal ? (LAST ? load(p.share + i) : splat(p.own_share)) : splat(0.f);
+        }
         store(dx + i, v);
     }
     for (; i < n; ++i) {
+        const float given = TIED ? get(x + i) : 0.f, gate = !LAST ? t.own_channel : GATED ? t.channel[i] : 1.f;
         float v = get(dy + i);
         v *= LAST ? t.own_spatial : GATED ? t.spatial[i] : 1.f;
-        if (SUMMARY) v += LAST ? t.own_summary : t.summary[i] + (t.where[i] == t.row ? t.share[i] : 0.f);
-        v *= LAST ? (GATED ? t.channel[i] : 1.f) : t.own_channel;
+        if (SUMMARY) v += LAST ? t.own_summary : t.summary[i];
+        if (SUMMARY && TIED) v += given * gate == (LAST ? c.own_top : c.top[i]) ? (LAST ? c.own_share : c.share[i]) : 0.f;
+        else if (SUMMARY && !LAST) v += t.where[i] == t.row ? c.share[i] : 0.f;
+        v *= gate;
         if (POOLS) v += LAST ? t.pools[i] : t.own_pools;
+        if (POOLS && TIED) v += given == (LAST ? p.top[i] : p.own_top) ? (LAST ? p.share[i] : p.own_share) : 0.f;
         put(dx + i, v);
     }
 }
@@ -693,17 +747,22 @@ void grad_input(const Map& map, const T* x, const T* dy, const float* channel, c
     expect(dx, b * c * n * int64_t(sizeof(T)));
     const Shares to_summary(map.threads, summary, b * n, c);
     Shares to_pools(map.threads, pools, b * c, n);
-    if (pools && !pools->dmean) to_pools.mean.assign(size_t(b * c), 0.f);
+    const bool pool_maxima = pools && pools->dmax, tied = to_summary.tied || to_pools.tied;
+    // without maxima none of them gets anything
+    const std::vector<float> no_tops(pools && !pool_maxima ? size_t(b * c) : 0, 0.f);
+    if (pools && !pool_maxima) to_pools.max = no_tops;
+    const float* pool_tops = pool_maxima ? pools->max : no_tops.data();
+    const std::vector<T> nothing(dy ? 0 : size_t(width), T(0));
     const float* across = last ? channel : spatial;
     const float* own = last ? spatial : channel;
-    // adds to the element of a row where a maximum of the row is, the row being in the cache
+    // adds to the element of a row where the maximum of the row is, the row being in the cache
     auto add = [&](int64_t row, int64_t begin, int64_t size, const Shares& shares, const int32_t* where, const float* gates) {
         const int64_t place = where[row] - begin;
         if (where[row] < 0 || place < 0 || place >= size) return;
         T* at = dx + row * width + where[row];
         put(at, get(at) + shares.max[row] * (gates ? gates[place] : 1.f));
     };
-    auto rows = [&](auto is_last, auto is_gated, auto has_summary, auto has_pools) {
+    auto rows = [&](auto is_last, auto is_gated, auto has_summary, auto has_pools, auto is_tied) {
         each_tile(map, height, width, [&](int64_t row, int64_t begin, int64_t size) {
             const int64_t before = row / height * width + begin, from = row * width + begin;
             const float* gates = across ? across + before : nullptr;
@@ -711,28 +770,26 @@ void grad_input(const Map& map, const T* x, const T* dy, const float* channel, c
             Terms t{};
             if (is_last) {
                 t.own_spatial = gate; t.channel = gates;
-                t.own_summary = has_summary ? to_summary.mean[row] : 0.f;
-                t.pools = has_pools ? &to_pools.mean[before] : nullptr;
+                if (has_summary) { t.own_summary = to_summary.mean[row]; t.over_channels = {nullptr, nullptr, summary->max[row], to_summary.max[row]}; }
+                if (has_pools) { t.pools = &to_pools.mean[before]; t.over_positions = {pool_tops + before, &to_pools.max[before], 0, 0}; }
             } else {
                 t.spatial = gates; t.own_channel = gate; t.row = int32_t(row % height);
-                if (has_summary) { t.summary = &to_summary.mean[before]; t.share = &to_summary.max[before]; t.where = summary->where + before; }
-                t.own_pools = has_pools ? to_pools.mean[row] : 0.f;
+                if (has_summary) { t.summary = &to_summary.mean[before]; t.over_channels = {summary->max + before, &to_summary.max[before], 0, 0}; t.where = summary->where + before; }
+                if (has_pools) { t.own_pools = to_pools.mean[row]; t.over_positions = {nullptr, nullptr, pool_tops[row], to_pools.max[row]}; }
             }
-            if (dy) linear_row<is_last, is_gated, has_summary, has_pools>(dy + from, dx + from, t, size);
-            else
-                for (int64_t i = 0; i < size; ++i) {
-                    float v = 0;
-                    if (has_summary) v += is_last ? t.own_summary : t.summary[i] + (t.where[i] == t.row ? t.share[i] : 0.f);
-                    if (has_pools) v += is_last ? t.pools[i] : t.own_pools;
-                    put(dx + from + i, v);
-                }
+            linear_row<is_last, is_gated, has_summary, has_pools, is_tied>(x + from, dy ? dy + from : nothing.data(), dx + from, t, size);
+            if (is_tied) return;
             if (has_summary && is_last) add(row, begin, size, to_summary, summary->where, gates);
-            if (has_pools && !is_last && pools->dmax) add(row, begin, size, to_pools, pools->where, nullptr);
+            if (has_pools && !is_last && pool_maxima) add(row, begin, size, to_pools, pools->where, nullptr);
         });
     };
+    auto with_ties = [&](auto is_last, auto is_gated, auto has_summary, auto has_pools) {
+        if (tied) rows(is_last, is_gated, has_summary, has_pools, std::true_type{});
+        else rows(is_last, is_gated, has_summary, has_pools, std::false_type{});
+    };
     auto with_pools = [&](auto is_last, auto is_gated, auto has_summary) {
-        if (pools) rows(is_last, is_gated, has_summary, std::true_type{});
-        else rows(is_last, is_gated, has_summary, std::false_type{});
+        if (pools) with_ties(is_last, is_gated, has_summary, std::true_type{});
+        else with_ties(is_last, is_gated, has_summary, std::false_type{});
     };
     auto with_summary = [&](auto is_last, auto is_gated) {
         if (summary) with_pools(is_last, is_gated, std::true_type{});
@@ -744,26 +801,13 @@ void grad_input(const Map& map, const T* x, const T* dy, const float* channel, c
     };
     if (last) with_gates(std::true_type{});
     else with_gates(std::false_type{});
-    // what is left: maxima in several places, and channels last the maxima over the positions
-    auto at = [&](int64_t sample, int64_t j, int64_t i) { return last ? (sample * n + i) * c + j : (sample * c + j) * n + i; };
-    if (summary)
-        each_row(map, b * n, 64, [&](int64_t one) {
-            if (summary->where[one] >= 0) return;
-            for (int64_t j = 0; j < c; ++j) {
-                const float gate = channel ? channel[one / n * c + j] : 1.f;
-                const int64_t here = at(one / n, j, one % n);
-                if (!summary->count[one] || get(x + here) * gate == summary->max[one]) put(dx + here, get(dx + here) + to_summary.max[one] * gate);
-            }
-        });
-    if (pools && pools->dmax)
-        each_row(map, b * c, 64, [&](int64_t one) {
-            const int32_t where = pools->where[one];
-            if (where >= 0 && !last) return;
-            for (int64_t i = where < 0 ? 0 : where; i < (where < 0 ? n : where + 1); ++i) {
-                const int64_t here = at(one / c, one % c, i);
-                if (where >= 0 || !pools->count[one] || get(x + here) == pools->max[one]) put(dx + here, get(dx + here) + to_pools.max[one]);
-            }
-        });
+    if (!last || tied || !pool_maxima) return;
+    // each maximum of a channel is in a row of its own
+    each_row(map, b * c, 64, [&](int64_t one) {
+        if (pools->where[one] < 0) return;
+        T* at = dx + (one / c * n + pools->where[one]) * c + one % c;
+        put(at, get(at) + to_pools.max[one]);
+    });
 }
 
 // The convolution between summary and gate: two channels to one, an odd window, zeros around; and norm and sigmoid behind it.
