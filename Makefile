@@ -21,7 +21,7 @@ check: $(INSTALLED)
 	$(BIN)/lint-imports
 
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/fused.py --markdown benchmarks/results/fused.md
 
 sweep: $(INSTALLED)
 	$(BIN)/python benchmarks/sweep.py --markdown benchmarks/results/sweep.md
