@@ -17,6 +17,7 @@ from convattn.errors import BackendUnavailable, InvalidOption
 from convattn.nn import CBAM, ChannelAttention, DualPool, SpatialAttention, SqueezeExcite
 from convattn.ops import reference
 from convattn.ops.cpu import library
+from gradients_by_name import check, gradients, truth
 from tolerances import assert_close
 
 pytestmark = pytest.mark.skipif(library.why_not() is not None, reason=f"no fused operators: {library.why_not()}")
@@ -64,44 +65,6 @@ def built(name: str, channels: int, dimensions: int = 2) -> nn.Module:
 def in_format(x: torch.Tensor, last: bool) -> torch.Tensor:
     """The same map with its channels first or last in memory."""
     return x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x.contiguous()
-
-
-def gradients(module: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The output and every gradient, by name."""
-    x = x.detach().requires_grad_()
-    y = module(x)
-    names, parameters = zip(*module.named_parameters(), strict=True)
-    found = torch.autograd.grad(y, [x, *parameters], dy)
-    return dict(zip(["y", "x", *names], [y.detach(), *found], strict=True))
-
-
-def truth(module: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The same in float64 by plain PyTorch."""
-    return gradients(copy.deepcopy(module).double(), x.double(), dy.double())
-
-
-def unsteadiness(module: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> dict[str, float]:
-    """By how much results change where numbers in float32 change in their last bit: more exact no float32 can be.
-
-    The gradient of a scalar, such as the norm's weight, is a sum whose terms cancel.
-    """
-
-    def shaken(one: torch.Tensor) -> torch.Tensor:
-        # where equal values stay equal, so do maxima
-        return one.double() * (1 + 2**-23 * torch.sin(1e4 * one.double()))
-
-    other = copy.deepcopy(module).double()
-    for parameter in other.parameters():
-        parameter.data = shaken(parameter.data)
-    expected, found = truth(module, x, dy), gradients(other, shaken(x), shaken(dy))
-    return {name: float((found[name] - one).abs().max()) for name, one in expected.items()}
-
-
-def check(module: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> None:
-    expected, unsteady = truth(module, x, dy), unsteadiness(module, x, dy)
-    for name, found in gradients(module, x, dy).items():
-        error = float((found.double() - expected[name]).abs().max())
-        assert error <= max(1e-5 * float(expected[name].abs().max()), 30 * unsteady[name], 1e-20), name
 
 
 @each_build
@@ -396,7 +359,7 @@ def test_the_choice() -> None:
             assert ops.choice(x) == "cpu"
     with ops.use("cpu"), pytest.raises(BackendUnavailable, match=r"cpu does not serve this: it is for float32 and bfl"):
         built("se", 2).double()(x.double())
-    with pytest.raises(InvalidOption, match="expected one of reference, cpu, got 'gpu'"), ops.use("gpu"):
+    with pytest.raises(InvalidOption, match="expected one of reference, cpu, cuda, got 'gpu'"), ops.use("gpu"):
         pass
 
 

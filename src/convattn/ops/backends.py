@@ -13,13 +13,15 @@ import torch
 from torch.autograd import forward_ad
 
 from convattn.errors import BackendUnavailable, InvalidOption
-from convattn.ops import cpu, fused, operators, reference
+from convattn.ops import cpu, cuda, fused, operators, reference
 from convattn.ops.cpu import library
 
 # for whoever wants the other one everywhere
 VARIABLE = "CONVATTN_BACKEND"
-REFERENCE, CPU = "reference", "cpu"
-NAMES = (REFERENCE, CPU)
+REFERENCE, CPU, CUDA = "reference", "cpu", "cuda"
+NAMES = (REFERENCE, CPU, CUDA)
+# those with kernels
+_PLACES = {CPU: cpu, CUDA: cuda}
 _asked: list[str | None] = []
 
 
@@ -54,11 +56,13 @@ def choice(x: torch.Tensor) -> str:
     wanted = asked()
     if wanted == REFERENCE:
         return REFERENCE
-    why = why_not_cpu(x)
+    # on CUDA nothing was measured yet: only for whoever asks
+    backend = wanted or CPU
+    why = _watched(x) or _PLACES[backend].why_not_for(x)
     if why is None:
-        return CPU
-    if wanted == CPU:
-        raise BackendUnavailable(f"The backend cpu does not serve this: {why}. The backend reference does.")
+        return backend
+    if wanted is not None:
+        raise BackendUnavailable(f"The backend {backend} does not serve this: {why}. The backend reference does.")
     return REFERENCE
 
 
@@ -68,11 +72,6 @@ def asked() -> str | None:
     if wanted is not None and wanted not in NAMES:
         raise InvalidOption(f"{VARIABLE}: expected one of {', '.join(NAMES)}, got {wanted!r}.")
     return wanted
-
-
-def why_not_cpu(x: torch.Tensor) -> str | None:
-    """Why the fused operators on the CPU do not serve a map now; None where they do."""
-    return _watched(x) or cpu.why_not_for(x)
 
 
 def _watched(x: torch.Tensor) -> str | None:
@@ -117,8 +116,8 @@ def gated(
         if torch.compiler.is_compiling():
             if _better_than_compiled(x, gates) and _alike(x, gates):
                 return operators.call(x, gates, strength, shortcut)
-        elif choice(x) == CPU and _alike(x, gates):
-            return fused.gated(cpu.Kernels, x, gates, strength, shortcut)
+        elif (backend := choice(x)) != REFERENCE and _alike(x, gates):
+            return fused.gated(_PLACES[backend].Kernels, x, gates, strength, shortcut)
     return reference.gated(x, pools, channel, spatial, strength, parallel, dimensions, shortcut), None
 
 
@@ -130,7 +129,8 @@ def mean_max(x: torch.Tensor) -> torch.Tensor:
 
 
 def _mean_max(x: torch.Tensor) -> torch.Tensor:
-    return fused.mean_max(cpu.Kernels, x) if choice(x) == CPU else reference.mean_max(x)
+    backend = choice(x)
+    return reference.mean_max(x) if backend == REFERENCE else fused.mean_max(_PLACES[backend].Kernels, x)
 
 
 def _better_than_compiled(x: torch.Tensor, gates: fused.Gates) -> bool:

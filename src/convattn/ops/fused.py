@@ -287,6 +287,73 @@ def _grad_mlp(mlp: Mlp, kept: Any, dgate: Tensor) -> tuple[Tensor, tuple[Maybe, 
     )
 
 
+def window(planes: Tensor, window: Window, strength: Maybe) -> tuple[Tensor, Tensor, Maybe]:
+    """`Kernels.window` by PyTorch's own operators."""
+    logits = convolve(planes.transpose(0, 1), _wide(window.weight)).squeeze(1)
+    moments = None
+    if window.training and window.mean is not None:
+        # in double: what is left of it is small beside its terms
+        var, mean = torch.var_mean(logits.double(), correction=0)
+        moments = torch.stack([mean, var]).float()
+        window = window._replace(mean=moments[0:1], var=moments[1:2])
+    gate = torch.sigmoid(_normed(window, logits)[0])
+    return reference.blend(gate, _wide(strength)), logits, moments
+
+
+def grad_window(
+    planes: Tensor, window: Window, strength: Maybe, kept: Kept, dgate: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`Kernels.grad_window` by PyTorch's own operators."""
+    normed, standard, deviation = _normed(window, kept.window)
+    gate = torch.sigmoid(normed)
+    sums = torch.zeros(3, dtype=torch.float64, device=dgate.device)
+    if strength is not None:
+        sums[2] = (dgate * torch.nan_to_num(gate - 1)).sum(dtype=torch.float64)
+        dgate = torch.where(gate.isfinite(), dgate * strength, 0)
+    dlogits = _aten.sigmoid_backward(dgate, gate)
+    if window.mean is not None:
+        sums[0] = (dlogits * standard).sum(dtype=torch.float64)
+        sums[1] = dlogits.sum(dtype=torch.float64)
+        if window.training:
+            count = dlogits.numel()
+            dlogits = dlogits - (sums[1] / count).float() - standard * (sums[0] / count).float()
+        dlogits = dlogits * deviation
+        if window.norm_weight is not None:
+            dlogits = dlogits * window.norm_weight
+    dplanes, dweight = grad_convolve(planes, _wide(window.weight), dlogits)
+    return dplanes, dweight, sums.float()
+
+
+def grad_convolve(planes: Tensor, weight: Tensor, dlogits: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the planes (2, B, *spatial) and of the weight of `convolve`."""
+    dimensions = planes.dim() - 2
+    ones, around = [1] * dimensions, [weight.shape[-1] // 2] * dimensions
+    dsummary, dweight, _ = _aten.convolution_backward(
+        dlogits.unsqueeze(1),
+        planes.transpose(0, 1),
+        weight,
+        None,
+        ones,
+        around,
+        ones,
+        False,
+        [0],
+        1,
+        [True, True, False],
+    )
+    return dsummary.transpose(0, 1).contiguous(), dweight
+
+
+def _normed(window: Window, logits: Tensor) -> tuple[Tensor, Maybe, Maybe]:
+    """Logits behind the norm, before its weight and bias, and what they were multiplied with for that."""
+    if window.mean is None:
+        return logits, None, None
+    deviation = torch.rsqrt(_wide(window.var) + window.eps)
+    standard = (logits - _wide(window.mean)) * deviation
+    normed = standard if window.norm_weight is None else standard * _wide(window.norm_weight)
+    return normed if window.norm_bias is None else normed + _wide(window.norm_bias), standard, deviation
+
+
 def _wide(one: Maybe) -> Maybe:
     return one if one is None or one.dtype is torch.float32 else one.float()
 

@@ -156,12 +156,7 @@ class Kernels:
             found = (planes.data_ptr(), weight.data_ptr(), dlogits.data_ptr(), dplanes.data_ptr(), dweight.data_ptr())
             self._convolve("grad_conv", *found, weight=weight)
             return dplanes, dweight, sums
-        summary = planes.transpose(0, 1)
-        ones, around = [1] * len(self.positions), [weight.shape[-1] // 2] * len(self.positions)
-        dsummary, dweight, _ = torch.ops.aten.convolution_backward(
-            dlogits.unsqueeze(1), summary, weight, None, ones, around, ones, False, [0], 1, [True, True, False]
-        )
-        return dsummary.transpose(0, 1).contiguous(), dweight, sums
+        return *fused.grad_convolve(planes, weight, dlogits), sums
 
     def _call(self, name: str, *arguments: Any) -> None:
         self.library.functions[name, self.dtype](*self.shape, *arguments)

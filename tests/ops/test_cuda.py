@@ -1,0 +1,172 @@
+"""The operators in Triton against plain PyTorch: in Triton's interpreter, or on a GPU where TRITON_INTERPRET is 0."""
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from convattn import ops
+from convattn.errors import BackendUnavailable
+from convattn.nn import CBAM, ChannelAttention, SpatialAttention, SqueezeExcite
+from convattn.ops import cuda, fused, reference
+from gradients_by_name import check, gradients, truth
+from tolerances import assert_close
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if os.environ["TRITON_INTERPRET"] == "0" else "cpu"
+
+BUILDS: dict[str, Callable[[int, int], nn.Module]] = {
+    "se": lambda c, d: SqueezeExcite(c, reduction=2, dimensions=d),
+    "channel": lambda c, d: ChannelAttention(c, reduction=2, start="identity", dimensions=d),
+    "channel, max": lambda c, d: ChannelAttention(c, reduction=2, pools=("max",), dimensions=d),
+    "spatial": lambda c, d: SpatialAttention(kernel_size=3, dimensions=d),
+    "cbam": lambda c, d: CBAM(c, reduction=2, dimensions=d),
+    "cbam, without norm": lambda c, d: CBAM(c, reduction=2, norm=None, kernel_size=3, dimensions=d),
+    "cbam, identity": lambda c, d: CBAM(c, reduction=2, start="identity", dimensions=d),
+    "cbam, parallel": lambda c, d: CBAM(c, reduction=2, order="parallel", start="identity", dimensions=d),
+}
+each_build = pytest.mark.parametrize("name", BUILDS)
+
+
+def built(name: str, channels: int, dimensions: int = 2) -> nn.Module:
+    module = BUILDS[name](channels, dimensions)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return module.to(DEVICE)
+
+
+def described(module: nn.Module) -> fused.Gates:
+    taken: list[fused.Gates] = []
+    with pytest.MonkeyPatch.context() as patched:
+        original = ops.gated
+        patched.setattr(ops, "gated", lambda *given, **more: taken.append(more["gates"]) or original(*given, **more))
+        module(torch.randn(2, module.channels or 4, *[3] * module.dimensions, device=DEVICE))
+    return taken[0]
+
+
+def results(module: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The output and every gradient, by name, by the kernels."""
+    gates = described(module)
+    x = x.detach().requires_grad_()
+    y, _ = fused.gated(cuda.Kernels, x, gates, module.strength)
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    found = torch.autograd.grad(y, [x, *parameters], dy)
+    return dict(zip(["y", "x", *names], [y.detach(), *found], strict=True))
+
+
+def check_kernels(name: str, x: torch.Tensor, training: bool = True) -> None:
+    module = built(name, x.shape[1], x.dim() - 2).train(training)
+    x = x.to(DEVICE)
+    dy = torch.randn_like(x)
+    found = results(module, x, dy)
+    assert found["y"].stride() == found["x"].stride() == x.stride()
+    check(module, x, dy, found)
+
+
+@each_build
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+def test_they_are_true(name: str, last: bool, training: bool) -> None:
+    x = torch.randn(3, 6, 7, 5)
+    check_kernels(name, x.contiguous(memory_format=torch.channels_last) if last else x, training)
+
+
+@pytest.mark.parametrize("shape", [(2, 70, 13, 11), (1, 130, 1, 1), (1, 9, 17, 19), (2, 5, 300), (2, 4, 3, 4, 5)])
+@pytest.mark.parametrize("last", [False, True])
+def test_more_than_a_block_and_less(shape: tuple[int, ...], last: bool) -> None:
+    x = torch.randn(shape)
+    check_kernels("cbam", x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x, training=False)
+
+
+@each_build
+@pytest.mark.parametrize("last", [False, True])
+def test_equal_maxima_share_their_gradient(name: str, last: bool) -> None:
+    x = torch.randint(-2, 3, (3, 6, 7, 5)).float()
+    check_kernels(name, x.contiguous(memory_format=torch.channels_last) if last else x)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["se", "channel", "spatial", "cbam"])
+def test_what_is_no_number_goes_where_it_goes_in_the_reference(name: str, value: float) -> None:
+    module = built(name, 6).eval()
+    x = torch.randn(2, 6, 5, 4, device=DEVICE)
+    x[0, 2, 1, 3] = value
+    dy = torch.randn_like(x)
+    with ops.use("reference"):
+        expected = gradients(module, x, dy)
+    for key, one in results(module, x, dy).items():
+        two = expected[key]
+        assert torch.equal(one.isnan(), two.isnan()), key
+        assert_close(one[~one.isnan()], two[~two.isnan()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types(dtype: torch.dtype) -> None:
+    module = built("cbam", 6)
+    x = torch.randn(3, 6, 7, 5, device=DEVICE).to(dtype)
+    dy = torch.randn_like(x)
+    expected = truth(module, x, dy)
+    for name, one in results(module, x, dy).items():
+        error = float((one.double() - expected[name]).abs().max())
+        assert error <= 4 * torch.finfo(dtype).eps * float(expected[name].abs().max()), name
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_shortcut(last: bool) -> None:
+    module = built("cbam", 6)
+    gates = described(module)
+    x, other = torch.randn(2, 3, 6, 7, 5, device=DEVICE)
+    if last:
+        x, other = (one.contiguous(memory_format=torch.channels_last) for one in (x, other))
+    y, _ = fused.gated(cuda.Kernels, x, gates, None, other)
+    with ops.use("reference"):
+        assert_close(y, torch.relu(module(x) + other))
+
+
+def test_mean_max_pooling() -> None:
+    x = torch.randn(3, 70, 7, 5, device=DEVICE, requires_grad=True)
+    dy = torch.randn(3, 140, device=DEVICE)
+    pooled = fused.mean_max(cuda.Kernels, x)
+    expected = reference.mean_max(x)
+    assert_close(pooled, expected)
+    assert_close(torch.autograd.grad(pooled, x, dy)[0], torch.autograd.grad(expected, x, dy)[0])
+
+
+def test_the_moments_of_the_norm() -> None:
+    module = built("cbam", 6)
+    gates = described(module)
+    before = copy.deepcopy(module.spatial.norm)
+    x = torch.randn(3, 6, 7, 5, device=DEVICE)
+    _, moments = fused.gated(cuda.Kernels, x, gates, None)
+    with ops.use("reference"):
+        module(x)
+    mean, var = module.spatial.norm.running_mean, module.spatial.norm.running_var
+    assert_close(mean, before.running_mean.lerp(moments[:1], 0.01))
+    assert_close(var, before.running_var.lerp(moments[1:] * 105 / 104, 0.01))
+
+
+def test_they_serve_cuda_and_only_where_they_are_asked_for() -> None:
+    x = torch.randn(1, 2, 3, 3)
+    assert cuda.why_not_for(x) == "it is for maps on a CUDA device, not on cpu"
+    with (
+        ops.use("cuda"),
+        pytest.raises(BackendUnavailable, match="The backend cuda does not serve this: it is for maps"),
+    ):
+        ops.choice(x)
+    meta = torch.empty(1, 2, 3, 3, device="meta")
+    assert ops.choice(meta) == "reference"
+
+
+def test_they_compile_for_a_gpu() -> None:
+    script = Path(__file__).with_name("compile_for_cuda.py")
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    kernels = {line.split()[0] for line in run.stdout.splitlines()}
+    assert kernels == {"pool", "summarise", "apply", "grad_gates", "grad_summary", "grad_input"}
