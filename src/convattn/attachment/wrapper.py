@@ -15,6 +15,7 @@ from torch import nn
 
 from convattn import ops
 from convattn.errors import AttachError
+from convattn.nn.base import Gate
 
 # distinctive, since it is taken out of keys wherever it stands
 INNER = "convattn_inner"
@@ -59,7 +60,18 @@ class Attached(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output, gated."""
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            y = self.convattn_normed(x)
+            if y is not None:
+                return y
         return self.convattn_gated(self.convattn_inner(x))
+
+    @torch.jit.unused
+    def convattn_normed(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The same for a norm, in fewer passes; None where that cannot be."""
+        attention = self.attention
+        served = isinstance(attention, Gate) and not self.convattn_last
+        return attention.behind(layer_of(self), x) if served else None
 
     def convattn_gated(self, y: torch.Tensor) -> torch.Tensor:
         """A map of the layer's memory order, gated."""

@@ -77,6 +77,40 @@ class Gate(OnMaps):
         """The gated map, of the shape, dtype and memory format of `x`."""
         return ops.apply_gate(x, self.gate(x), self.strength)
 
+    @torch.jit.unused
+    def fused(self) -> ops.Gates | None:
+        """All of `forward` as the fused operators take it behind a norm; None where they cannot."""
+        return None
+
+    @torch.jit.unused
+    def track(self, moments: torch.Tensor | None, count: int) -> None:
+        """Let the running mean and variance of a norm inside follow those of so many logits, where it is trained."""
+
+    @torch.jit.unused
+    def behind(self, layer: nn.Module, u: torch.Tensor) -> torch.Tensor | None:
+        """What `forward` makes of `layer(u)`, for a batch norm, in fewer passes and keeping no map but `u`.
+
+        None where the layer is another one, where someone watches one of both, where no fused operator serves the map,
+        and while `strength` is 0, since norms that are computed in another order differ in the last bit.
+        """
+        norm = described_norm(layer)
+        if norm is None or type(u) is not torch.Tensor or not plain(self) or "forward" in self.__dict__:
+            return None
+        gates = self.fused()
+        if gates is None or u.dim() != self.dimensions + 2 or u.shape[1] != self.channels or u.numel() == 0:
+            return None
+        count = u.numel() // u.shape[1]
+        if count == 1 or (self.strength is not None and not self.strength.any()):
+            return None
+        found = ops.normed(u, norm, gates, self.strength)
+        if found is None:
+            return None
+        y, moments, of_norm = found
+        self.track(moments, count)
+        if norm.training:
+            follow(layer, of_norm, count)
+        return y
+
 
 class Head(OnMaps):
     """A module that pools a map (B, C, *spatial) to a vector (B, features)."""
@@ -97,6 +131,24 @@ def hidden_width(where: str, channels: int, reduction: int, hidden: int | None) 
         return max(1, channels // reduction)
     checks.positive(where, "hidden", hidden)
     return hidden
+
+
+def described_norm(layer: Any) -> ops.Norm | None:
+    """A batch norm as the fused operators take it; None where it is none or where someone watches it."""
+    mean, var = layer._buffers.get("running_mean"), layer._buffers.get("running_var")
+    known = type(layer) in _NORMS or (type(layer) is nn.SyncBatchNorm and not layer.training)
+    if not known or mean is None or var is None or not plain(layer) or "forward" in layer.__dict__:
+        return None
+    return ops.Norm(held(layer, "weight"), held(layer, "bias"), mean, var, layer.training, layer.eps)
+
+
+def follow(norm: Any, moments: torch.Tensor, count: int) -> None:
+    """Let a batch norm's running mean and variance follow mean and biased variance (2, C) of so many numbers."""
+    norm.num_batches_tracked.add_(1)
+    momentum = 1 / int(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    with torch.no_grad():
+        norm.running_mean.lerp_(moments[0].to(norm.running_mean.dtype), momentum)
+        norm.running_var.lerp_(moments[1].mul(count / (count - 1)).to(norm.running_var.dtype), momentum)
 
 
 def plain(*layers: nn.Module) -> bool:
@@ -130,6 +182,7 @@ def described(
     )
 
 
+_NORMS = frozenset((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
 _POOLS = frozenset(("mean", "max"))
 _NAMES = {kind: name for name, kind in ACTIVATIONS.items()}
 _GATE_NAMES = {kind: name for name, kind in GATE_ACTIVATIONS.items()}

@@ -8,14 +8,13 @@ from torch import nn
 
 from convattn import checks, ops
 from convattn.errors import InvalidOption, ShapeMismatch
-from convattn.nn.base import ACTIVATIONS, Gate, described, held, hidden_width, plain
+from convattn.nn.base import ACTIVATIONS, Gate, described, described_norm, follow, held, hidden_width, plain
 from convattn.registry import register
 
 ORDERS = ("channel-spatial", "spatial-channel", "parallel")
 CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NORMS: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _CONVOLUTIONS = frozenset(CONVOLUTIONS.values())
-_NORMS = frozenset(NORMS.values())
 
 
 def _is_window(conv: Any) -> bool:
@@ -136,6 +135,12 @@ class ChannelAttention(Gate):
             )[0]
         return ops.apply_gate(x, self.gate(x), self.strength)
 
+    @torch.jit.unused
+    def fused(self) -> ops.Gates | None:
+        """All of `forward` as the fused operators take it behind a norm; None where they cannot."""
+        mlp = self.mlp() if type(self) is ChannelAttention else None
+        return None if mlp is None else ops.Gates(mlp, None)
+
 
 @register("spatial", "gate", takes_channels=False)
 class SpatialAttention(Gate):
@@ -223,40 +228,29 @@ class SpatialAttention(Gate):
     def window(self) -> ops.Window | None:
         """The same as the fused operators take it; None where they have none like it."""
         conv: Any = self.conv
-        norm: Any = self.norm
         if not _is_window(conv):
             return None
-        if norm is None:
+        if self.norm is None:
             return ops.Window(held(conv, "weight"))
-        known = type(norm) in _NORMS or (type(norm) is nn.SyncBatchNorm and not norm.training)
-        mean, var = norm._buffers.get("running_mean"), norm._buffers.get("running_var")
-        if not known or mean is None or not plain(norm):
-            return None
-        weight, bias = held(norm, "weight"), held(norm, "bias")
-        return ops.Window(held(conv, "weight"), weight, bias, mean, var, norm.training, norm.eps)
+        norm = described_norm(self.norm)
+        return None if norm is None else ops.Window(held(conv, "weight"), *norm)
 
     @torch.jit.unused
     def track(self, moments: torch.Tensor | None, count: int) -> None:
         """Let the norm's running mean and variance follow those of so many logits, where it is trained."""
-        norm: Any = self.norm
-        if moments is None or norm is None:
-            return
-        norm.num_batches_tracked.add_(1)
-        momentum = 1 / int(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-        with torch.no_grad():
-            norm.running_mean.lerp_(moments[0:1].to(norm.running_mean.dtype), momentum)
-            norm.running_var.lerp_(moments[1:2].mul(count / (count - 1)).to(norm.running_var.dtype), momentum)
+        if moments is not None:
+            follow(self.norm, moments.unsqueeze(1), count)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The gated map, of the shape, dtype and memory format of `x`."""
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             self.check(x)
             self.check_positions(x)
-            return self.fused(x, self.strength)
+            return self.gated(x, self.strength)
         return ops.apply_gate(x, self.gate(x), self.strength)
 
     @torch.jit.unused
-    def fused(self, x: torch.Tensor, strength: torch.Tensor | None) -> torch.Tensor:
+    def gated(self, x: torch.Tensor, strength: torch.Tensor | None) -> torch.Tensor:
         """The gated map with a strength from elsewhere."""
         window = self.window()
         y, moments = ops.gated(
@@ -385,17 +379,17 @@ class CBAM(Gate):
     def _fused(self, x: torch.Tensor) -> torch.Tensor:
         channel, spatial, strength = self.channel, self.spatial, self.strength
         spatial.check_positions(x)
-        mlp, window = channel.mlp(), spatial.window()
+        mlp = channel.mlp()
         if self.order == "spatial-channel":
             return ops.gated(
-                spatial.fused(x, strength),
+                spatial.gated(x, strength),
                 channel=channel.of_pools,
                 pools=channel.pools,
                 strength=strength,
                 dimensions=self.dimensions,
                 gates=None if mlp is None else ops.Gates(mlp, None),
             )[0]
-        parallel = self.order == "parallel"
+        window, parallel = spatial.window(), self.order == "parallel"
         y, moments = ops.gated(
             x,
             channel=channel.of_pools,
@@ -408,3 +402,17 @@ class CBAM(Gate):
         )
         spatial.track(moments, x.numel() // x.shape[1])
         return y
+
+    @torch.jit.unused
+    def fused(self) -> ops.Gates | None:
+        """All of `forward` as the fused operators take it behind a norm; None where they cannot."""
+        known = type(self) is CBAM and type(self.channel) is ChannelAttention and type(self.spatial) is SpatialAttention
+        if not known or self.order != "channel-spatial":
+            return None
+        mlp, window = self.channel.mlp(), self.spatial.window()
+        return None if mlp is None or window is None else ops.Gates(mlp, window)
+
+    @torch.jit.unused
+    def track(self, moments: torch.Tensor | None, count: int) -> None:
+        """Let the norm's running mean and variance follow those of so many logits, where it is trained."""
+        self.spatial.track(moments, count)

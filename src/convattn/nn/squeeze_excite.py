@@ -77,7 +77,7 @@ class SqueezeExcite(Gate):
         """The gated map, of the shape, dtype and memory format of `x`."""
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             self.check(x)
-            mlp = described(("mean",), self.fc1, self.activation, self.fc2, self.gate_activation)
+            mlp = self.mlp()
             return ops.gated(
                 x,
                 channel=self._excite,
@@ -87,6 +87,17 @@ class SqueezeExcite(Gate):
                 gates=None if mlp is None else ops.Gates(mlp, None),
             )[0]
         return ops.apply_gate(x, self.gate(x), self.strength)
+
+    @torch.jit.unused
+    def mlp(self) -> ops.Mlp | None:
+        """The same as the fused operators take it; None where they have none like it."""
+        return described(("mean",), self.fc1, self.activation, self.fc2, self.gate_activation)
+
+    @torch.jit.unused
+    def fused(self) -> ops.Gates | None:
+        """All of `forward` as the fused operators take it behind a norm; None where they cannot."""
+        mlp = self.mlp() if type(self) is SqueezeExcite else None
+        return None if mlp is None else ops.Gates(mlp, None)
 
     def _excite(self, pooled: list[torch.Tensor]) -> torch.Tensor:
         return self.gate_activation(self.fc2(self.activation(self.fc1(pooled[0]))))  # type: ignore[no-any-return]

@@ -5,8 +5,8 @@
 
 import torch.fx
 
-from convattn.ops.backends import choice, gated, mean_max, use
-from convattn.ops.fused import Gates, Mlp, Window
+from convattn.ops.backends import choice, gated, mean_max, normed, use
+from convattn.ops.fused import Gates, Mlp, Norm, Window
 from convattn.ops.reference import POOLS, apply_gate, blend, broadcast, spatial_summary, squeeze
 
 # the number of dimensions is unknown to a symbolic trace
@@ -17,6 +17,7 @@ __all__ = [
     "POOLS",
     "Gates",
     "Mlp",
+    "Norm",
     "Window",
     "apply_gate",
     "blend",
@@ -24,6 +25,7 @@ __all__ = [
     "choice",
     "gated",
     "mean_max",
+    "normed",
     "spatial_summary",
     "squeeze",
     "use",

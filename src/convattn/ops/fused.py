@@ -136,10 +136,53 @@ class Kept(NamedTuple):
     spatial: Maybe = None
 
 
+class Norm(NamedTuple):
+    """A batch norm straight before the gates, so that the map is norm(u) and u is what lies in memory.
+
+    In training its mean and variance are those of the batch, else the running ones.
+    """
+
+    weight: Maybe
+    bias: Maybe
+    mean: Maybe
+    var: Maybe
+    training: bool
+    eps: float
+
+    def tensors(self) -> tuple[Maybe, ...]:
+        """All that gradients are computed for."""
+        return self.weight, self.bias
+
+    def reference(self, u: Tensor) -> Tensor:
+        """The map in plain PyTorch."""
+        mean, var = (None, None) if self.training else (self.mean, self.var)
+        return functional.batch_norm(u, mean, var, self.weight, self.bias, training=self.training, eps=self.eps)
+
+
+class Normed(NamedTuple):
+    """What the backward pass needs of a norm, in float32: the map is weight * hat + bias."""
+
+    # inverse and offset, with which hat = inverse * u + offset, and weight and bias (4, C)
+    affine: Tensor
+    # mean and biased variance that it has used (2, C)
+    moments: Tensor
+    # means of hat (B, C)
+    hat: Tensor
+
+
 class Kernels(Protocol):
     """What computes on whole maps, made for a dense map `x` of a device."""
 
     def __init__(self, x: Tensor) -> None: ...
+
+    def normalise(self, x: Tensor, norm: Norm) -> tuple[Tensor, Normed]:
+        """Means and maxima over positions of the map behind a norm (2, B, C), and what is kept.
+
+        From there on all is computed of the map behind the norm, and `x` is still what is before it.
+        """
+
+    def restore(self, kept: Normed) -> None:
+        """The same again in the backward pass."""
 
     def pool(self, x: Tensor, mean: bool, maximum: bool) -> Tensor:
         """Means and maxima over positions (pools, B, C)."""
@@ -156,17 +199,35 @@ class Kernels(Protocol):
     def grad_gates(
         self, x: Tensor, dy: Tensor, channel: Maybe, spatial: Maybe, maximum: Maybe, gated: bool
     ) -> tuple[Maybe, Maybe, Maybe]:
-        """Gradients of the gates, and where the given maxima over channels are."""
+        """Gradients of the gates, and where the given maxima over channels are.
+
+        With a norm there are, in place of the gradient of the channel gate, the sums of the gradient of the gated map
+        times hat and those of the gradient itself (2, B, C).
+        """
 
     def grad_summary(
         self, x: Tensor, channel: Maybe, summary: tuple[Maybe, ...], maximum: Maybe, dchannel: Maybe
-    ) -> Maybe:
-        """Add to the gradient of the channel gate what comes by the summary; where the maxima over positions are."""
+    ) -> tuple[Maybe, Maybe]:
+        """Add to the gradient of the channel gate what comes by the summary; where the maxima over positions are.
+
+        With a norm also the mean of hat over the places of each.
+        """
 
     def grad_input(
-        self, x: Tensor, dy: Maybe, channel: Maybe, spatial: Maybe, summary: tuple[Maybe, ...], pools: tuple[Maybe, ...]
+        self,
+        x: Tensor,
+        dy: Maybe,
+        channel: Maybe,
+        spatial: Maybe,
+        summary: tuple[Maybe, ...],
+        pools: tuple[Maybe, ...],
+        through: Maybe = None,
     ) -> Tensor:
-        """The gradient of the map, also where none comes from y and there are no gates."""
+        """The gradient of the map, also where none comes from y and there are no gates.
+
+        With a norm, that of what is before it; `through` are then the means of the gradient of the map and of that
+        times hat (2, C), where the norm's mean and variance are those of the batch.
+        """
 
     def window(self, planes: Tensor, window: Window, strength: Maybe) -> tuple[Tensor, Tensor, Maybe]:
         """The spatial gate, the logits behind the convolution, and their moments in training."""
@@ -178,24 +239,32 @@ class Kernels(Protocol):
 
 
 def forward(
-    kernels: Kernels, x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe = None
-) -> tuple[Tensor, Maybe, Kept]:
+    kernels: Kernels, x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe = None, norm: Norm | None = None
+) -> tuple[Tensor, Maybe, Kept, Normed | None]:
     """The gated map, mean and biased variance that the norm has used in training, and what the backward pass needs.
+
+    With a norm, which goes with a channel gate, the map is norm(x).
 
     One pass after the other over the whole map: taking a few samples through all of them, so that they stay in a cache,
     was slower by 0 to 30 % on two cores.
     """
-    mlp, window, moments, kept = gates.channel, gates.spatial, None, Kept()
+    mlp, window, moments, kept, normed = gates.channel, gates.spatial, None, Kept(), None
     with _in_float32(x):
         if mlp is not None:
-            channel, kept = kernels.mlp(mlp, kernels.pool(x, "mean" in mlp.pools, "max" in mlp.pools))
+            mean, maximum = "mean" in mlp.pools, "max" in mlp.pools
+            if norm is None:
+                pooled = kernels.pool(x, mean, maximum)
+            else:
+                pooled, normed = kernels.normalise(x, norm)
+                pooled = pooled[0 if mean else 1 : 2 if maximum else 1]
+            channel, kept = kernels.mlp(mlp, pooled)
             kept = kept._replace(channel=reference.blend(channel, _wide(strength)))
         if window is not None:
             planes = kernels.summarise(x, None if gates.parallel else kept.channel)
             spatial, logits, moments = kernels.window(planes, window, strength)
             kept = kept._replace(planes=planes, window=logits, spatial=spatial)
         y = kernels.apply(x, kept.channel, kept.spatial, shortcut)
-    return y, moments, kept
+    return y, moments, kept, normed
 
 
 def backward(
@@ -206,10 +275,13 @@ def backward(
     strength: Maybe,
     kept: Kept,
     needs_map: bool,
+    norm: Norm | None = None,
+    normed: Normed | None = None,
 ) -> tuple[Maybe, Maybe, tuple[Maybe, ...]]:
-    """Gradients of the map, of the strength, and of the tensors of the gates.
+    """Gradients of the map, of the strength, and of the tensors of the gates and of a norm before them.
 
-    The mean and the variance of the gates are those that the norm has used.
+    The mean and the variance of the gates are those that the norm has used. With a norm the gradient of the map needs
+    sums of the gradient behind it, which come out of what is computed for the gates.
     """
     mlp, window, pooled = gates.channel, gates.spatial, kept.pooled
     gated = window is not None and mlp is not None and not gates.parallel
@@ -219,17 +291,25 @@ def backward(
     dstrength = None
     summary: tuple[Maybe, ...] = (None,) * 4
     pools: tuple[Maybe, ...] = (None,) * 4
+    by_norm: tuple[Maybe, ...] = ()
+    sums: Maybe = None
+    hats = through = None
     with _in_float32(x):
+        if normed is not None:
+            kernels.restore(normed)
         dchannel, dspatial, places = kernels.grad_gates(x, dy, kept.channel, kept.spatial, seen, gated)
         if window is not None:
-            dplanes, dweight, sums = kernels.grad_window(kept.planes, window, strength, kept, dspatial)
-            by_window = (dweight, sums[0:1], sums[1:2]) if window.mean is not None else (dweight, None, None)
-            dstrength = sums[2:3]
+            dplanes, dweight, scalars = kernels.grad_window(kept.planes, window, strength, kept, dspatial)
+            by_window = (dweight, scalars[0:1], scalars[1:2]) if window.mean is not None else (dweight, None, None)
+            dstrength = scalars[2:3]
             summary = (seen, dplanes[0], dplanes[1], places)
-        maximum = pooled[-1] if needs_map and mlp is not None and "max" in mlp.pools else None
+        maximum = pooled[-1] if (needs_map or norm) and mlp is not None and "max" in mlp.pools else None
         if gated or maximum is not None:
             by_summary = summary if gated else (None,) * 4
-            places = kernels.grad_summary(x, kept.channel, by_summary, maximum, dchannel)
+            places, hats = kernels.grad_summary(x, kept.channel, by_summary, maximum, dchannel)
+        if normed is not None:
+            sums = dchannel
+            dchannel = sums[0] * normed.affine[2] + sums[1] * normed.affine[3]
         if mlp is not None:
             if strength is not None:
                 less = torch.nan_to_num(_gate(mlp, kept) - 1)
@@ -243,14 +323,29 @@ def backward(
                 None if maximum is None else dpooled[-1],
                 places if maximum is not None else None,
             )
+        if norm is not None and normed is not None:
+            dnorm = _grad_norm(kept.channel, normed.hat, sums, pools[1], pools[2], hats)
+            by_norm = tuple(dnorm)
+            through = dnorm.flip(0) * (kept.channel.numel() / x.numel() / len(x)) if norm.training else None
         dx = None
         if needs_map:
             nothing = (None,) * 4
             aside = mlp is not None and window is not None and gates.parallel
-            dx = kernels.grad_input(x, dy, kept.channel, kept.spatial, nothing if aside else summary, pools)
+            seen_by = nothing if aside else summary
+            dx = kernels.grad_input(x, dy, kept.channel, kept.spatial, seen_by, pools, through)
             if aside:
                 dx += kernels.grad_input(x, None, None, None, summary, nothing)
-    return dx, dstrength, (*by_mlp, *by_window)
+    return dx, dstrength, (*by_mlp, *by_window, *by_norm)
+
+
+def _grad_norm(channel: Tensor, hat: Tensor, sums: Tensor, dmean: Maybe, dmax: Maybe, hats: Maybe) -> Tensor:
+    """Gradients of a norm's weight and bias (2, C): the sums of the map's gradient times hat, and of itself."""
+    found = channel * sums
+    if dmean is not None:
+        found += torch.stack([dmean * hat, dmean])
+    if dmax is not None:
+        found += torch.stack([dmax * hats, dmax])
+    return found.sum(1, dtype=torch.float64).float()
 
 
 def _gate(mlp: Mlp, kept: Kept) -> Tensor:
@@ -392,6 +487,18 @@ def gated(
     return forward(kernels(x), x, gates, strength, shortcut)[:2]
 
 
+def normed(
+    kernels: type[Kernels], u: Tensor, norm: Norm, gates: Gates, strength: Maybe
+) -> tuple[Tensor, Maybe, Tensor]:
+    """The gated map of norm(u), keeping no map but u; and mean and variance for the running ones of gate and norm."""
+    u = dense(u)
+    if torch.is_grad_enabled():
+        return NormGating.apply(u, strength, kernels, gates, norm, *gates.tensors(), *norm.tensors())  # type: ignore[no-any-return]
+    y, moments, _, kept = forward(kernels(u), u, gates, strength, None, norm)
+    assert kept is not None  # noqa: S101
+    return y, moments, kept.moments
+
+
 class Gating(torch.autograd.Function):
     """`forward` and `backward` as one function with a gradient."""
 
@@ -405,7 +512,7 @@ class Gating(torch.autograd.Function):
         gates: Gates,
         *tensors: Maybe,
     ) -> tuple[Tensor, Maybe]:
-        y, moments, kept = forward(kernels(x), x, gates, strength, shortcut)
+        y, moments, kept, _ = forward(kernels(x), x, gates, strength, shortcut)
         ctx.kernels, ctx.gates = kernels, gates
         running = gates.running(moments)
         ctx.save_for_backward(x, strength, shortcut, y if shortcut is not None else None, *tensors, *running, *kept)
@@ -439,6 +546,53 @@ class Gating(torch.autograd.Function):
             None,
             *dtensors,
         )
+
+
+class NormGating(torch.autograd.Function):
+    """The same behind a norm, whose input is all that is kept of the size of the map."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, strength: Maybe, kernels: type[Kernels], gates: Gates, norm: Norm, *tensors: Maybe
+    ) -> tuple[Tensor, Maybe, Tensor]:
+        y, moments, kept, normed = forward(kernels(u), u, gates, strength, None, norm)
+        assert normed is not None  # noqa: S101
+        ctx.kernels, ctx.gates, ctx.norm = kernels, gates, norm
+        ctx.save_for_backward(u, strength, *tensors, *gates.running(moments), *normed, *kept)
+        ctx.mark_non_differentiable(*(one for one in (moments, normed.moments) if one is not None))
+        return y, moments, normed.moments
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Maybe) -> tuple[Any, ...]:
+        u, strength, *rest = ctx.saved_tensors
+        tensors, by_norm, running, kept = tuple(rest[:7]), tuple(rest[7:9]), tuple(rest[9:11]), rest[11:]
+        gates, norm = ctx.gates, ctx.norm._replace(weight=by_norm[0], bias=by_norm[1])
+        if differentiated(dy):
+            if not norm.training:
+                norm = norm._replace(mean=kept[1][0], var=kept[1][1])
+
+            def function(u: Tensor, strength: Maybe, *given: Maybe) -> list[Tensor]:
+                x = norm._replace(weight=given[7], bias=given[8]).reference(u)
+                return [plainly(x, gates.of(given[:7] + running), strength)]
+
+            found = gradients(function, [u, strength, *tensors, *by_norm], [dy])
+            return (*found[:2], None, None, None, *found[2:])
+        needs_map = ctx.needs_input_grad[0]
+        normed = Normed(*kept[:3])
+        du, dstrength, dtensors = backward(
+            ctx.kernels(u),
+            u,
+            like(dy, u),
+            gates.of(tensors + running),
+            strength,
+            Kept(*kept[3:]),
+            needs_map,
+            norm,
+            normed,
+        )
+        given = zip(by_norm, dtensors[7:], strict=True)
+        dnorm = (None if one is None else found for one, found in given)
+        return (du, None if strength is None else dstrength, None, None, None, *dtensors[:7], *dnorm)
 
 
 def plainly(x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe = None) -> Tensor:
@@ -480,7 +634,7 @@ class MeanMax(torch.autograd.Function):
             return dx, None
         kernels = ctx.kernels(x)
         dmean, dmax = (half.float().contiguous() for half in dpooled.chunk(2, dim=1))
-        places = kernels.grad_summary(x, None, (None,) * 4, pooled[1], None)
+        places, _ = kernels.grad_summary(x, None, (None,) * 4, pooled[1], None)
         nothing = (None,) * 4
         return kernels.grad_input(x, None, None, None, nothing, (pooled[1], dmean, dmax, places)), None
 

@@ -40,7 +40,7 @@ def gated(
     gates = _gates(tensors, (mean, var), pools, activation, gate, training, eps, parallel)
     x = fused.dense(x)
     with torch.no_grad():
-        y, moments, kept = fused.forward(cpu.Kernels(x), x, gates, strength, shortcut)
+        y, moments, kept, _ = fused.forward(cpu.Kernels(x), x, gates, strength, shortcut)
     # some of what is kept lies in one piece of memory, which operators may not return
     return [y, _present(moments), *(_present(one).clone() for one in kept)]
 

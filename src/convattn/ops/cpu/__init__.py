@@ -45,6 +45,45 @@ class Kernels:
             last,
             threads_for(elements),
         )
+        # where a norm rides along, its four numbers for each channel
+        self.norm: int | None = None
+
+    def normalise(self, x: Tensor, norm: fused.Norm) -> tuple[Tensor, fused.Normed]:
+        """Means and maxima over positions of the map behind a norm (2, B, C), and what is kept."""
+        batch, channels, count = self.shape[:3]
+        small = torch.empty((7, batch, channels))
+        mean, squares, largest, least, hat, pooled, top = range(
+            small.data_ptr(), small.data_ptr() + 28 * batch * channels, 4 * batch * channels
+        )
+        self._call("statistics", x.data_ptr(), mean, squares, largest, least)
+        running = [] if norm.training else [_small(norm.mean), _small(norm.var)]
+        moments = torch.stack(running) if running else torch.empty((2, channels))
+        affine = torch.empty((4, channels))
+        weight, bias = _small(norm.weight), _small(norm.bias)
+        call = self.library.functions["normalise", torch.float32]
+        statistics = (mean, squares, largest, least)
+        call(
+            batch,
+            channels,
+            count,
+            norm.training,
+            norm.eps,
+            *statistics,
+            _at(weight),
+            _at(bias),
+            affine.data_ptr(),
+            moments.data_ptr(),
+            hat,
+            pooled,
+            top,
+        )
+        kept = fused.Normed(affine, moments, small[4])
+        self.restore(kept)
+        return small[5:], kept
+
+    def restore(self, kept: fused.Normed) -> None:
+        """Let a norm ride along in all that follows."""
+        self.norm = kept.affine.data_ptr()
 
     def pool(self, x: Tensor, mean: bool, maximum: bool) -> Tensor:
         """Means and maxima over positions (pools, B, C)."""
@@ -77,26 +116,29 @@ class Kernels:
         """Means and maxima over channels (2, B, *spatial)."""
         found = torch.empty((2, self.batch, *self.positions), dtype=torch.float32)
         at = found.data_ptr()
-        self._call("summarise", x.data_ptr(), _at(channel), at, at + 4 * self.batch * self.shape[2])
+        self._call("summarise", x.data_ptr(), self.norm, _at(channel), at, at + 4 * self.batch * self.shape[2])
         return found
 
     def apply(self, x: Tensor, channel: Maybe, spatial: Maybe, shortcut: Maybe) -> Tensor:
         """The map times its gates; with a shortcut relu(that + shortcut)."""
         y = torch.empty_like(x)
-        self._call("apply", x.data_ptr(), _at(channel), _at(spatial), _at(shortcut), y.data_ptr())
+        self._call("apply", x.data_ptr(), self.norm, _at(channel), _at(spatial), _at(shortcut), y.data_ptr())
         return y
 
     def grad_gates(
         self, x: Tensor, dy: Tensor, channel: Maybe, spatial: Maybe, maximum: Maybe, gated: bool
     ) -> tuple[Maybe, Maybe, Maybe]:
         """Gradients of the gates, and where the given maxima over channels are."""
-        dchannel = None if channel is None else torch.empty_like(channel)
+        # behind a norm it is two sums
+        sums = (2,) if self.norm is not None else ()
+        dchannel = None if channel is None else torch.empty((*sums, *channel.shape))
         dspatial = None if spatial is None else torch.empty_like(spatial)
         places = None if maximum is None else torch.empty((2, *maximum.shape), dtype=torch.int32)
         self._call(
             "grad_gates",
             x.data_ptr(),
             dy.data_ptr(),
+            self.norm,
             _at(channel),
             _at(spatial),
             _at(maximum),
@@ -109,12 +151,13 @@ class Kernels:
 
     def grad_summary(
         self, x: Tensor, channel: Maybe, summary: tuple[Maybe, ...], maximum: Maybe, dchannel: Maybe
-    ) -> Maybe:
+    ) -> tuple[Maybe, Maybe]:
         """Add to the gradient of the channel gate what comes by the summary; where the maxima over positions are."""
         places = None if maximum is None else torch.empty((2, *maximum.shape), dtype=torch.int32)
-        pointers = map(_at, (channel, *summary, maximum, dchannel, places))
-        self._call("grad_summary", x.data_ptr(), *pointers)
-        return places
+        hats = None if maximum is None or self.norm is None else torch.empty(maximum.shape)
+        pointers = map(_at, (channel, *summary, maximum, dchannel, places, hats))
+        self._call("grad_summary", x.data_ptr(), self.norm, *pointers)
+        return places, None if hats is None or places is None else hats.div_(places[1])
 
     def grad_input(
         self,
@@ -124,10 +167,12 @@ class Kernels:
         spatial: Maybe,
         summary: tuple[Maybe, ...],
         pools: tuple[Maybe, ...],
+        through: Maybe = None,
     ) -> Tensor:
         """The gradient of the map."""
         dx = torch.empty_like(x)
-        self._call("grad_input", x.data_ptr(), *map(_at, (dy, channel, spatial, *summary, *pools, dx)))
+        dy, *others = map(_at, (dy, through, channel, spatial, *summary, *pools, dx))
+        self._call("grad_input", x.data_ptr(), dy, self.norm, *others)
         return dx
 
     def window(self, planes: Tensor, window: fused.Window, strength: Maybe) -> tuple[Tensor, Tensor, Maybe]:

@@ -63,6 +63,49 @@ inline void add_to(double* sum, Vec v) {
     s += __builtin_convertvector(v, Wide);
     std::memcpy(sum, &s, sizeof s);
 }
+// A batch norm that rides along: what lies in memory is u, and the map is x = weight * hat + bias, hat = inverse * u + offset,
+// of each channel. x is computed in the same two steps wherever it is: maxima are found again by being equal.
+struct Affine { const float *inverse, *offset, *weight, *bias; };
+inline Affine affine_at(const float* p, int64_t c) { return p ? Affine{p, p + c, p + 2 * c, p + 3 * c} : Affine{}; }
+// without one
+struct Bare {
+    static constexpr bool NORM = false;
+    Bare() = default;
+    Bare(const Affine*, int64_t) {}
+    template <class V> V hat(V u, int64_t) const { return u; }
+    template <class V> V full(V hat, int64_t) const { return hat; }
+};
+// where a row is a channel
+struct OfRow {
+    static constexpr bool NORM = true;
+    Vec inverse, offset, weight, bias;
+    OfRow() = default;
+    OfRow(const Affine* of, int64_t channel)
+        : inverse(splat(of->inverse[channel])), offset(splat(of->offset[channel])), weight(splat(of->weight[channel])), bias(splat(of->bias[channel])) {}
+    Vec hat(Vec u, int64_t) const { return u * inverse + offset; }
+    Vec full(Vec hat, int64_t) const { return hat * weight + bias; }
+    float hat(float u, int64_t) const { return u * inverse[0] + offset[0]; }
+    float full(float hat, int64_t) const { return hat * weight[0] + bias[0]; }
+};
+// where channels are in a row
+struct InRow {
+    static constexpr bool NORM = true;
+    Affine of;
+    InRow() = default;
+    InRow(const Affine* of, int64_t) : of(*of) {}
+    Vec hat(Vec u, int64_t i) const { return u * load(of.inverse + i) + load(of.offset + i); }
+    Vec full(Vec hat, int64_t i) const { return hat * load(of.weight + i) + load(of.bias + i); }
+    float hat(float u, int64_t i) const { return u * of.inverse[i] + of.offset[i]; }
+    float full(float hat, int64_t i) const { return hat * of.weight[i] + of.bias[i]; }
+};
+// the map, or what it is before weight and bias
+enum See { FULL, HAT };
+template <See SEE, class Norm, class V>
+inline V seen(const Norm& norm, V u, int64_t i) {
+    const V hat = norm.hat(u, i);
+    return SEE == FULL ? norm.full(hat, i) : hat;
+}
+
 // rows of this many elements and less are read several at a time also where one follows the other
 constexpr int64_t NARROW = 128;
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
@@ -76,14 +119,14 @@ inline void prefetch(const T* x, int64_t stride, int64_t i) {
 }
 
 // sum, and if asked the maximum, of x[i] * factor[i], or of x[i] without factors
-template <bool MAX, bool FACTOR, class T>
-inline float reduce_row(const T* x, const float* factor, int64_t n, float* max) {
+template <bool MAX, bool FACTOR, class Norm, class T>
+inline float reduce_row(const T* x, const Norm& norm, const float* factor, int64_t n, float* max) {
     constexpr int64_t BLOCK = 2048;
     double total = 0;
     Vec m0 = splat(LOWEST), m1 = m0;
     float m = LOWEST;
-    auto at = [&](int64_t i) { Vec v = load(x + i); if (FACTOR) v *= load(factor + i); return v; };
-    auto value = [&](int64_t i) { return FACTOR ? get(x + i) * factor[i] : get(x + i); };
+    auto at = [&](int64_t i) { Vec v = seen<FULL>(norm, load(x + i), i); if (FACTOR) v *= load(factor + i); return v; };
+    auto value = [&](int64_t i) { const float v = seen<FULL>(norm, get(x + i), i); return FACTOR ? v * factor[i] : v; };
     for (int64_t first = 0; first < n; first += BLOCK) {
         const int64_t last = std::min(n, first + BLOCK);
         Vec s0 = splat(0.f), s1 = s0, s2 = s0, s3 = s0;
@@ -118,20 +161,22 @@ inline float reduce_row(const T* x, const float* factor, int64_t n, float* max) 
         for (int64_t i = 0; i < n; ++i) if (value(i) != value(i)) { *max = value(i); break; }
     return float(total);
 }
-template <bool MAX, class T>
-inline float reduce_row(const T* x, const float* factor, int64_t n, float* max) {
-    return factor ? reduce_row<MAX, true>(x, factor, n, max) : reduce_row<MAX, false>(x, factor, n, max);
+template <bool MAX, class Norm, class T>
+inline float reduce_row(const T* x, const Norm& norm, const float* factor, int64_t n, float* max) {
+    return factor ? reduce_row<MAX, true>(x, norm, factor, n, max) : reduce_row<MAX, false>(x, norm, factor, n, max);
 }
 
 // adds R rows, each times its scale, to running sums, and takes their maximum into running maxima, place by place
-template <int R, bool MAX, class T>
-inline void add_rows(const T* x, int64_t stride, const float* scale, double* sum, float* max, int64_t n) {
+template <int R, bool MAX, See SEE, class Norm, class T>
+inline void add_rows(const T* x, int64_t stride, const Affine* affine, int64_t channel, const float* scale, double* sum, float* max, int64_t n) {
+    Norm norm[R];
+    for (int r = 0; r < R; ++r) norm[r] = Norm(affine, channel + r);
     int64_t i = 0;
     for (; i + W <= n; i += W) {
         Vec total = splat(0.f), top = splat(LOWEST);
         if (R > 1) prefetch<R>(x, stride, i);
         for (int r = 0; r < R; ++r) {
-            Vec v = load(x + r * stride + i);
+            Vec v = seen<SEE>(norm[r], load(x + r * stride + i), i);
             if (scale) v *= splat(scale[r]);
             total = r ? total + v : v;
             if (MAX) top = v > top ? v : top;
@@ -141,16 +186,17 @@ inline void add_rows(const T* x, int64_t stride, const float* scale, double* sum
     }
     for (; i < n; ++i)
         for (int r = 0; r < R; ++r) {
-            const float v = scale ? get(x + r * stride + i) * scale[r] : get(x + r * stride + i);
+            const float u = seen<SEE>(norm[r], get(x + r * stride + i), i), v = scale ? u * scale[r] : u;
             sum[i] += v;
             if (MAX) max[i] = v > max[i] ? v : max[i];
         }
 }
-template <bool MAX, class T>
-inline void reduce_columns(const T* x, int64_t stride, int64_t rows, const float* scale, double* sum, float* max, int64_t n) {
+template <bool MAX, See SEE, class Norm, class T>
+inline void reduce_columns(const T* x, int64_t stride, int64_t rows, const Affine* affine, const float* scale, double* sum, float* max, int64_t n) {
     int64_t r = 0;
-    for (; r + 8 <= rows && (stride > n || n <= NARROW); r += 8) add_rows<8, MAX>(x + r * stride, stride, scale ? scale + r : nullptr, sum, max, n);
-    for (; r < rows; ++r) add_rows<1, MAX>(x + r * stride, stride, scale ? scale + r : nullptr, sum, max, n);
+    for (; r + 8 <= rows && (stride > n || n <= NARROW); r += 8)
+        add_rows<8, MAX, SEE, Norm>(x + r * stride, stride, affine, r, scale ? scale + r : nullptr, sum, max, n);
+    for (; r < rows; ++r) add_rows<1, MAX, SEE, Norm>(x + r * stride, stride, affine, r, scale ? scale + r : nullptr, sum, max, n);
 }
 
 // Where maxima are: the place of each, or -1 where it is in several places or is NaN and nowhere, and the number of places.
@@ -233,8 +279,8 @@ void pool(const Map& map, const T* x, float* mean, float* max) {
     if (!last)
         return each_row(map, b * c, n, [&](int64_t row) {
             const float* no_factor = nullptr;
-            const float s = max ? reduce_row<true, false>(x + row * n, no_factor, n, max + row)
-                                : reduce_row<false, false>(x + row * n, no_factor, n, nullptr);
+            const float s = max ? reduce_row<true, false>(x + row * n, Bare(), no_factor, n, max + row)
+                                : reduce_row<false, false>(x + row * n, Bare(), no_factor, n, nullptr);
             mean[row] = s / float(n);
         });
     const int64_t rows = rows_of_unit(map), parts = units(n, rows);
@@ -243,8 +289,8 @@ void pool(const Map& map, const T* x, float* mean, float* max) {
     parallel(threads, b * parts, [&](int64_t unit) {
         const int64_t sample = unit / parts, begin = unit % parts * rows, size = std::min(rows, n - begin);
         const T* from = x + (sample * n + begin) * c;
-        if (max) reduce_columns<true>(from, c, size, nullptr, &sums[unit * c], &tops[unit * c], c);
-        else reduce_columns<false>(from, c, size, nullptr, &sums[unit * c], nullptr, c);
+        if (max) reduce_columns<true, FULL, Bare>(from, c, size, nullptr, nullptr, &sums[unit * c], &tops[unit * c], c);
+        else reduce_columns<false, FULL, Bare>(from, c, size, nullptr, nullptr, &sums[unit * c], nullptr, c);
     });
     each_row(map, b, c * parts, [&](int64_t sample) {
         for (int64_t j = 0; j < c; ++j) {
@@ -265,15 +311,156 @@ void pool(const Map& map, const T* x, float* mean, float* max) {
     });
 }
 
-// mean and maximum of each position over its channels, of x or of x with its channels gated
+// Of each channel of each sample the mean, the sum of squares around it, the largest and the smallest value.
+struct Statistics { float *mean, *squares, *max, *min; };
+// in float32 over so many rows, and together in double
+constexpr int64_t ROWS = 64;
+struct Moments {
+    double count = 0, sum = 0, squares = 0;
+    float max = LOWEST, min = -LOWEST;
+};
+// the sums are those around a value that is near the mean, so that squares do not cancel
 template <class T>
-void summarise(const Map& map, const T* x, const float* gate, float* mean, float* max) {
+inline Moments moments_of_row(const T* x, int64_t n, float near) {
+    Moments found;
+    found.count = double(n);
+    Vec top = splat(LOWEST), bottom = splat(-LOWEST);
+    const Vec k = splat(near);
+    int64_t i = 0;
+    while (i + W <= n) {
+        Vec s[2] = {splat(0.f), splat(0.f)}, q[2] = {splat(0.f), splat(0.f)};
+        int one = 0;
+        for (const int64_t end = std::min(n, i + 256 * W); i + W <= end; i += W, one ^= 1) {
+            const Vec v = load(x + i), d = v - k;
+            s[one] += d; q[one] += d * d;
+            top = v > top ? v : top; bottom = v < bottom ? v : bottom;
+        }
+        found.sum += sum_of(s[0] + s[1]); found.squares += sum_of(q[0] + q[1]);
+    }
+    found.max = max_of(top); found.min = -max_of(-bottom);
+    for (; i < n; ++i) {
+        const float v = get(x + i), d = v - near;
+        found.sum += d; found.squares += double(d) * d;
+        found.max = v > found.max ? v : found.max; found.min = v < found.min ? v : found.min;
+    }
+    return found;
+}
+// rows of channels, to arrays of four numbers for each
+template <int R, class T>
+inline void add_moments(const T* x, int64_t n, const float* near, float* sum, float* squares, float* max, float* min) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+        Vec s = load(sum + i), q = load(squares + i), top = load(max + i), bottom = load(min + i);
+        const Vec k = load(near + i);
+        for (int r = 0; r < R; ++r) {
+            const Vec v = load(x + r * n + i), d = v - k;
+            s += d; q += d * d;
+            top = v > top ? v : top; bottom = v < bottom ? v : bottom;
+        }
+        store(sum + i, s); store(squares + i, q); store(max + i, top); store(min + i, bottom);
+    }
+    for (; i < n; ++i)
+        for (int r = 0; r < R; ++r) {
+            const float v = get(x + r * n + i), d = v - near[i];
+            sum[i] += d; squares[i] += d * d;
+            max[i] = v > max[i] ? v : max[i]; min[i] = v < min[i] ? v : min[i];
+        }
+}
+inline float finite_or_zero(float v) { return std::isfinite(v) ? v : 0.f; }
+
+template <class T>
+void statistics(const Map& map, const T* x, const Statistics& to) {
+    const int64_t b = map.b, c = map.c, n = map.n;
+    auto note = [&](int64_t at, const Moments& m, float near, int64_t stride, const T* from) {
+        to.mean[at] = float(near + m.sum / double(n));
+        to.squares[at] = float(std::max(0.0, m.squares - m.sum * m.sum / double(n)));
+        to.max[at] = m.max; to.min[at] = m.min;
+        if (m.sum == m.sum) return;
+        // comparisons pass a NaN by; a sum does not
+        to.squares[at] = std::numeric_limits<float>::quiet_NaN();
+        for (int64_t i = 0; i < n; ++i) if (get(from + i * stride) != get(from + i * stride)) { to.max[at] = to.min[at] = std::numeric_limits<float>::quiet_NaN(); break; }
+    };
+    if (!map.last)
+        return each_row(map, b * c, n, [&](int64_t row) {
+            const float near = finite_or_zero(get(x + row * n));
+            note(row, moments_of_row(x + row * n, n, near), near, 1, x + row * n);
+        });
+    const int64_t rows = rows_of_unit(map), parts = units(n, rows);
+    std::vector<float> near(size_t(b * c));
+    for (int64_t at = 0; at < b * c; ++at) near[at] = finite_or_zero(get(x + at / c * n * c + at % c));
+    std::vector<Moments> found(size_t(b * parts * c));
+    parallel(map.threads, b * parts, [&](int64_t unit) {
+        const int64_t sample = unit / parts, begin = unit % parts * rows, end = std::min(n, begin + rows);
+        std::vector<float> some(size_t(4 * c), 0.f);
+        float *sum = some.data(), *squares = sum + c, *max = squares + c, *min = max + c;
+        std::fill(max, max + c, LOWEST); std::fill(min, min + c, -LOWEST);
+        Moments* here = &found[unit * c];
+        for (int64_t row = begin; row < end;) {
+            const int64_t until = std::min(end, row + ROWS);
+            std::fill(sum, sum + 2 * c, 0.f);
+            const T* from = x + (sample * n + row) * c;
+            for (; row + 4 <= until && c <= NARROW; row += 4, from += 4 * c) add_moments<4>(from, c, &near[sample * c], sum, squares, max, min);
+            for (; row < until; ++row, from += c) add_moments<1>(from, c, &near[sample * c], sum, squares, max, min);
+            for (int64_t j = 0; j < c; ++j) { here[j].sum += sum[j]; here[j].squares += squares[j]; }
+        }
+        for (int64_t j = 0; j < c; ++j) { here[j].max = max[j]; here[j].min = min[j]; }
+    });
+    each_row(map, b, c * parts, [&](int64_t sample) {
+        for (int64_t j = 0; j < c; ++j) {
+            Moments total;
+            for (int64_t unit = sample * parts; unit < (sample + 1) * parts; ++unit) {
+                const Moments& one = found[unit * c + j];
+                total.sum += one.sum; total.squares += one.squares;
+                total.max = one.max > total.max ? one.max : total.max; total.min = one.min < total.min ? one.min : total.min;
+            }
+            note(sample * c + j, total, near[sample * c + j], c, x + sample * n * c + j);
+        }
+    });
+}
+
+// What a norm makes of statistics: its four numbers for each channel (4, C), mean and biased variance of the batch in
+// training and else the running ones (2, C), and of hat and x the means and of x the maxima (B, C) each.
+struct Normed { float *affine, *moments, *hat, *mean, *max; };
+inline void normalise(int64_t b, int64_t c, int64_t n, bool training, double eps, const Statistics& of, const float* weight,
+                      const float* bias, const Normed& to) {
+    for (int64_t j = 0; j < c; ++j) {
+        if (training) {
+            double total = 0, squares = 0;
+            for (int64_t sample = 0; sample < b; ++sample) total += of.mean[sample * c + j];
+            const double mean = total / double(b);
+            for (int64_t sample = 0; sample < b; ++sample) {
+                const double d = of.mean[sample * c + j] - mean;
+                squares += of.squares[sample * c + j] + double(n) * d * d;
+            }
+            to.moments[j] = float(mean);
+            to.moments[c + j] = float(squares / (double(b) * double(n)));
+        }
+        const double inverse = 1 / std::sqrt(double(to.moments[c + j]) + eps);
+        to.affine[j] = float(inverse);
+        to.affine[c + j] = float(-double(to.moments[j]) * inverse);
+        to.affine[2 * c + j] = weight ? weight[j] : 1.f;
+        to.affine[3 * c + j] = bias ? bias[j] : 0.f;
+    }
+    const Affine affine = affine_at(to.affine, c);
+    const InRow norm(&affine, 0);
+    for (int64_t at = 0; at < b * c; ++at) {
+        const int64_t j = at % c;
+        to.hat[at] = norm.hat(of.mean[at], j);
+        to.mean[at] = norm.full(to.hat[at], j);
+        // the norm keeps or turns round the order of values
+        to.max[at] = seen<FULL>(norm, affine.weight[j] < 0 ? of.min[at] : of.max[at], j);
+    }
+}
+
+// mean and maximum of each position over its channels, of x or of x with its channels gated
+template <class Down, class Along, class T>
+void summarise(const Map& map, const T* x, const Affine* affine, const float* gate, float* mean, float* max) {
     const int64_t b = map.b, c = map.c, n = map.n;
     const bool last = map.last;
     const int threads = map.threads;
     if (last)
         return each_row(map, b * n, c, [&](int64_t row) {
-            mean[row] = reduce_row<true>(x + row * c, gate ? gate + row / n * c : nullptr, c, max + row) / float(c);
+            mean[row] = reduce_row<true>(x + row * c, Along(affine, 0), gate ? gate + row / n * c : nullptr, c, max + row) / float(c);
         });
     const int64_t tile = tile_of(map, TILE), parts = units(n, tile);
     parallel(threads, b * parts, [&](int64_t unit) {
@@ -283,25 +470,30 @@ void summarise(const Map& map, const T* x, const float* gate, float* mean, float
         double sum[TILE] = {};
         float* top = max + sample * n + begin;
         std::fill(top, top + size, LOWEST);
-        reduce_columns<true>(from, n, c, scale, sum, top, size);
+        reduce_columns<true, FULL, Down>(from, n, c, affine, scale, sum, top, size);
         for (int64_t i = 0; i < size; ++i) {
             mean[sample * n + begin + i] = float(sum[i]) / float(c);
             if (sum[i] != sum[i])
                 for (int64_t j = 0; j < c; ++j) {
-                    const float v = get(from + j * n + i) * (scale ? scale[j] : 1.f);
+                    const float v = seen<FULL>(Down(affine, j), get(from + j * n + i), i) * (scale ? scale[j] : 1.f);
                     if (v != v) { top[i] = v; break; }
                 }
         }
     });
 }
+template <class T>
+void summarise(const Map& map, const T* x, const Affine* affine, const float* gate, float* mean, float* max) {
+    if (affine) summarise<OfRow, InRow>(map, x, affine, gate, mean, max);
+    else summarise<Bare, Bare>(map, x, affine, gate, mean, max);
+}
 
 // one row of y = x * places[i] * scale in the order channel, then position, and with a shortcut max(0, that + shortcut)
-template <bool PLACES, bool SCALE, bool SHORTCUT, class T>
-inline void gate_row(const T* x, T* y, const float* places, float scale, bool scale_first, const T* shortcut, int64_t n) {
+template <bool PLACES, bool SCALE, bool SHORTCUT, class Norm, class T>
+inline void gate_row(const T* x, const Norm& norm, T* y, const float* places, float scale, bool scale_first, const T* shortcut, int64_t n) {
     const Vec s = splat(scale);
     int64_t i = 0;
     for (; i + W <= n; i += W) {
-        Vec v = load(x + i);
+        Vec v = seen<FULL>(norm, load(x + i), i);
         if (SCALE && scale_first) v *= s;
         if (PLACES) v *= load(places + i);
         if (SCALE && !scale_first) v *= s;
@@ -309,7 +501,7 @@ inline void gate_row(const T* x, T* y, const float* places, float scale, bool sc
         store(y + i, v);
     }
     for (; i < n; ++i) {
-        float v = get(x + i);
+        float v = seen<FULL>(norm, get(x + i), i);
         if (SCALE && scale_first) v *= scale;
         if (PLACES) v *= places[i];
         if (SCALE && !scale_first) v *= scale;
@@ -320,24 +512,30 @@ inline void gate_row(const T* x, T* y, const float* places, float scale, bool sc
 
 // y = x * channel gate * spatial gate, or max(0, that + shortcut)
 template <class T>
-void apply(const Map& map, const T* x, const float* channel, const float* spatial, const T* shortcut, T* y) {
+void apply(const Map& map, const T* x, const Affine* affine, const float* channel, const float* spatial, const T* shortcut, T* y) {
     const int64_t b = map.b, c = map.c, n = map.n;
     const bool last = map.last;
     const int64_t width = last ? c : n, height = last ? n : c;
     expect(y, b * c * n * int64_t(sizeof(T)));
     const float* places = last ? channel : spatial;
     const float* scales = last ? spatial : channel;
-    auto rows = [&](auto has_places, auto has_scales, auto has_shortcut) {
+    auto rows = [&](auto has_places, auto has_scales, auto has_shortcut, auto norm) {
         each_row(map, b * height, width, [&](int64_t row) {
             gate_row<has_places, has_scales, has_shortcut>(
-                x + row * width, y + row * width, places ? places + row / height * width : nullptr,
-                scales ? scales[row] : 1.f, !last, shortcut ? shortcut + row * width : nullptr, width);
+                x + row * width, decltype(norm)(affine, last ? 0 : row % c), y + row * width,
+                places ? places + row / height * width : nullptr, scales ? scales[row] : 1.f, !last,
+                shortcut ? shortcut + row * width : nullptr, width);
         });
     };
+    auto with_norm = [&](auto has_places, auto has_scales, auto has_shortcut) {
+        if (!affine) rows(has_places, has_scales, has_shortcut, Bare());
+        else if (last) rows(has_places, has_scales, has_shortcut, InRow());
+        else rows(has_places, has_scales, has_shortcut, OfRow());
+    };
     auto with = [&](auto has_shortcut) {
-        if (places && scales) rows(std::true_type{}, std::true_type{}, has_shortcut);
-        else if (places) rows(std::true_type{}, std::false_type{}, has_shortcut);
-        else rows(std::false_type{}, std::true_type{}, has_shortcut);
+        if (places && scales) with_norm(std::true_type{}, std::true_type{}, has_shortcut);
+        else if (places) with_norm(std::true_type{}, std::false_type{}, has_shortcut);
+        else with_norm(std::false_type{}, std::true_type{}, has_shortcut);
     };
     if (shortcut) with(std::true_type{});
     else with(std::false_type{});
@@ -352,16 +550,22 @@ struct Rows {
     const float* max;
     bool gated;
     Places places;
+    const Affine* affine;
 };
 enum Find { NOTHING, IN_ROWS, ACROSS_ROWS };
 template <Find FIND> using Finding = std::integral_constant<Find, FIND>;
 
 // R rows of t = x * dy: their sums of t * across into found, and sums over the rows of t * own added to sums; and where
-// the maxima are
-template <int R, bool DOWN, bool ACROSS, Find FIND, class T>
-inline void product_rows(const Rows& rows, int64_t row, const T* x, const T* dy, float* found, double* sums) {
+// the maxima are. With a norm, for the gradient of the channel gate x is hat, and behind those sums are those with 1 for x.
+template <int R, bool DOWN, bool ACROSS, Find FIND, class Norm, class T>
+inline void product_rows(const Rows& rows, int64_t row, const T* x, const T* dy, float* found, double* sums, double* more_sums) {
+    constexpr bool DOWN_HATS = std::is_same_v<Norm, OfRow>, ACROSS_HATS = std::is_same_v<Norm, InRow>;
     const int64_t n = rows.width;
     const Int steps = {0, 1, 2, 3, 4, 5, 6, 7};
+    Norm norm[R];
+    Vec plain[R];
+    float plain_rest[R];
+    for (int r = 0; r < R; ++r) { norm[r] = Norm(rows.affine, row + r); plain[r] = splat(0.f); plain_rest[r] = 0; }
     Vec s[R], own[R], top[R];
     Int where[R], count[R];
     float rest[R];
@@ -373,16 +577,18 @@ inline void product_rows(const Rows& rows, int64_t row, const T* x, const T* dy,
     int64_t i = 0;
     for (; i + W <= n; i += W) {
         const Vec a = rows.across ? load(rows.across + i) : splat(1.f);
-        Vec total = splat(0.f);
+        Vec total = splat(0.f), plain_total = total;
         const bool across = FIND == ACROSS_ROWS;
         if (R > 1) { prefetch<R>(x, rows.stride, i); prefetch<R>(dy, rows.stride, i); }
         const Vec tops = across ? load(rows.max + i) : splat(0.f);
         Int at = across ? load(rows.places.where + i) : splat(0), equals = across ? load(rows.places.count + i) : splat(0);
         for (int r = 0; r < R; ++r) {
-            const Vec v = load(x + r * rows.stride + i);
-            const Vec t = v * load(dy + r * rows.stride + i);
-            if (ACROSS) total += t * own[r];
-            if (DOWN) s[r] += t * a;
+            const Vec d = load(dy + r * rows.stride + i), hat = norm[r].hat(load(x + r * rows.stride + i), i);
+            const Vec v = norm[r].full(hat, i), t = v * d;
+            if (ACROSS_HATS && ACROSS) { const Vec g = d * own[r]; total += hat * g; plain_total += g; }
+            else if (ACROSS) total += t * own[r];
+            if (DOWN_HATS && DOWN) { const Vec g = d * a; s[r] += hat * g; plain[r] += g; }
+            else if (DOWN) s[r] += t * a;
             if (across) {
                 const Int equal = (rows.gated ? v * own[r] : v) == tops;
                 at = equal ? splat(int32_t(row + r)) : at;
@@ -395,6 +601,7 @@ inline void product_rows(const Rows& rows, int64_t row, const T* x, const T* dy,
             }
         }
         if (ACROSS) add_to(sums + i, total);
+        if (ACROSS && ACROSS_HATS) add_to(more_sums + i, plain_total);
         if (across) { store(rows.places.where + i, at); store(rows.places.count + i, equals); }
     }
     for (int r = 0; r < R && FIND == IN_ROWS; ++r) {
@@ -403,21 +610,24 @@ inline void product_rows(const Rows& rows, int64_t row, const T* x, const T* dy,
     }
     for (; i < n; ++i)
         for (int r = 0; r < R; ++r) {
-            const float v = get(x + r * rows.stride + i), t = v * get(dy + r * rows.stride + i);
-            const float a = rows.across ? rows.across[i] : 1.f;
-            if (ACROSS) sums[i] += t * own[r][0];
-            if (DOWN) rest[r] += t * a;
+            const float d = get(dy + r * rows.stride + i), hat = norm[r].hat(get(x + r * rows.stride + i), i);
+            const float v = norm[r].full(hat, i), t = v * d, a = rows.across ? rows.across[i] : 1.f;
+            if (ACROSS_HATS && ACROSS) { sums[i] += hat * (d * own[r][0]); more_sums[i] += d * own[r][0]; }
+            else if (ACROSS) sums[i] += t * own[r][0];
+            if (DOWN_HATS && DOWN) { rest[r] += hat * (d * a); plain_rest[r] += d * a; }
+            else if (DOWN) rest[r] += t * a;
             if (FIND == ACROSS_ROWS && (rows.gated ? v * own[r][0] : v) == rows.max[i]) note_one(rows.places, i, row + r);
             if (FIND == IN_ROWS && (rows.gated ? v * a : v) == rows.max[row + r]) note_one(rows.places, row + r, i);
         }
-    for (int r = 0; r < R && DOWN; ++r) found[r] = sum_of(s[r]) + rest[r];
+    for (int r = 0; r < R && DOWN; ++r) { found[r] = sum_of(s[r]) + rest[r]; found[R + r] = sum_of(plain[r]) + plain_rest[r]; }
 }
 
 // Gradients of both gates from that of y; either gate may be absent, and then its gradient is as well. With maxima over
-// the channels, of the map whose channels are gated or of the map, also where they are.
+// the channels, of the map whose channels are gated or of the map, also where they are. With a norm there is a channel
+// gate, and in place of its gradient are the sums of dy * spatial times hat, and those of dy * spatial (2, B, C).
 template <class T>
-void grad_gates(const Map& map, const T* x, const T* dy, const float* channel, const float* spatial, const float* max,
-                bool gated, float* dchannel, float* dspatial, int32_t* places) {
+void grad_gates(const Map& map, const T* x, const T* dy, const Affine* affine, const float* channel, const float* spatial,
+                const float* max, bool gated, float* dchannel, float* dspatial, int32_t* places) {
     const int64_t b = map.b, c = map.c, n = map.n;
     const bool last = map.last;
     const int threads = map.threads;
@@ -430,47 +640,59 @@ void grad_gates(const Map& map, const T* x, const T* dy, const float* channel, c
     const int64_t wide_parts = units(width, tile), tall_parts = units(height, tall);
     // several rows at a time, unless that is to read in several places at once where one after the other would do
     const bool together = !last || width <= NARROW;
-    std::vector<float> partial_own(down && wide_parts > 1 ? size_t(b * height * wide_parts) : 0);
-    std::vector<double> partial_across(dacross ? size_t(b * width * tall_parts) : 0, 0.0);
-    auto all = [&](auto has_down, auto has_across, auto find) {
+    // with a norm each sum is two
+    const int64_t owns = affine && !last ? 2 : 1, acrosses = affine && last ? 2 : 1;
+    std::vector<float> partial_own(down && wide_parts > 1 ? size_t(owns * b * height * wide_parts) : 0);
+    std::vector<double> partial_across(dacross ? size_t(acrosses * b * width * tall_parts) : 0, 0.0);
+    float* every_own = wide_parts > 1 ? partial_own.data() : down;
+    auto all = [&](auto has_down, auto has_across, auto find, auto norm) {
         parallel(threads, b * wide_parts * tall_parts, [&](int64_t unit) {
             const int64_t sample = unit / (wide_parts * tall_parts), wide = unit / tall_parts % wide_parts, high = unit % tall_parts;
             const int64_t begin = wide * tile, size = std::min(tile, width - begin), end = std::min(height, (high + 1) * tall);
             const int64_t before = sample * height, place = sample * width + begin, at = last ? before : place;
-            const Rows rows{size, width, own ? own + before : nullptr, across ? across + place : nullptr,
-                            max ? max + at : nullptr, gated, {max ? places + at : nullptr, max ? places + b * n + at : nullptr}};
+            const Rows rows{size, width, own ? own + before : nullptr, across ? across + place : nullptr, max ? max + at : nullptr, gated,
+                            {max ? places + at : nullptr, max ? places + b * n + at : nullptr}, affine};
             if (find == ACROSS_ROWS) begin_notes(rows.places, size);
             double* sums = dacross ? &partial_across[(sample * tall_parts + high) * width + begin] : nullptr;
+            double* more_sums = acrosses == 2 ? sums + b * tall_parts * width : nullptr;
             for (int64_t row = high * tall; row < end;) {
                 const int64_t from = (before + row) * width + begin;
-                float found[4];
+                float found[8];
                 const int some = together && row + 4 <= end ? 4 : 1;
-                if (some == 4) product_rows<4, has_down, has_across, find>(rows, row, x + from, dy + from, found, sums);
-                else product_rows<1, has_down, has_across, find>(rows, row, x + from, dy + from, found, sums);
+                (some == 4 ? product_rows<4, has_down, has_across, find, decltype(norm), T> : product_rows<1, has_down, has_across, find, decltype(norm), T>)(
+                    rows, row, x + from, dy + from, found, sums, more_sums);
                 for (int r = 0; r < some && has_down; ++r)
-                    (wide_parts > 1 ? partial_own.data() : down)[(before + row + r) * wide_parts + wide] = found[r];
+                    for (int64_t k = 0; k < owns; ++k) every_own[(k * b * height + before + row + r) * wide_parts + wide] = found[k * some + r];
                 row += some;
             }
             if (find == ACROSS_ROWS) end_notes(rows.places, size);
             if (find == IN_ROWS) end_notes({rows.places.where + high * tall, rows.places.count + high * tall}, end - high * tall);
         });
     };
+    const std::true_type yes{};
+    const std::false_type no{};
     auto with = [&](auto has_down, auto has_across) {
-        if (!max) all(has_down, has_across, Finding<NOTHING>{});
-        else if (last) all(has_down, has_across, Finding<IN_ROWS>{});
-        else all(has_down, has_across, Finding<ACROSS_ROWS>{});
+        if (!max) all(has_down, has_across, Finding<NOTHING>{}, Bare());
+        else if (last) all(has_down, has_across, Finding<IN_ROWS>{}, Bare());
+        else all(has_down, has_across, Finding<ACROSS_ROWS>{}, Bare());
     };
-    if (down && dacross) with(std::true_type{}, std::true_type{});
-    else if (down) with(std::true_type{}, std::false_type{});
-    else with(std::false_type{}, std::true_type{});
+    if (affine && last) {
+        if (spatial) all(yes, yes, Finding<IN_ROWS>{}, InRow());
+        else all(no, yes, Finding<NOTHING>{}, InRow());
+    } else if (affine) {
+        if (spatial) all(yes, yes, Finding<ACROSS_ROWS>{}, OfRow());
+        else all(yes, no, Finding<NOTHING>{}, OfRow());
+    } else if (down && dacross) with(yes, yes);
+    else if (down) with(yes, no);
+    else with(no, yes);
     if (down && wide_parts > 1)
-        each_row(map, b * height, wide_parts, [&](int64_t at) {
+        each_row(map, owns * b * height, wide_parts, [&](int64_t at) {
             double total = 0;
             for (int64_t part = 0; part < wide_parts; ++part) total += partial_own[at * wide_parts + part];
             down[at] = float(total);
         });
     if (dacross)
-        each_row(map, b * width, tall_parts, [&](int64_t at) {
+        each_row(map, acrosses * b * width, tall_parts, [&](int64_t at) {
             double total = 0;
             for (int64_t part = 0; part < tall_parts; ++part)
                 total += partial_across[(at / width * tall_parts + part) * width + at % width];
@@ -478,64 +700,85 @@ void grad_gates(const Map& map, const T* x, const T* dy, const float* channel, c
         });
 }
 
-// R rows: their sums of x * weights, and where each is its maximum
-template <int R, bool SUM, bool FIND, class T>
-inline void weigh_rows(const T* x, int64_t n, const float* weights, float* found, const float* max, int32_t* where, int32_t* count) {
-    double total[R] = {};
-    Vec top[R];
+// R rows: their sums of x * weights, with a norm of hat * weights, and where each is its maximum, with a norm also the sum
+// of hat there
+template <int R, bool SUM, bool FIND, class Norm, class T>
+inline void weigh_rows(const T* x, const Affine* affine, int64_t channel, int64_t n, const float* weights, float* found, const float* max,
+                       int32_t* where, int32_t* count, float* hats) {
+    double total[R] = {}, at_maxima[R] = {};
+    Norm norm[R];
+    Vec top[R], hats_of[R];
     Int last[R], equals[R], here = {0, 1, 2, 3, 4, 5, 6, 7};
-    for (int r = 0; r < R; ++r) { top[r] = splat(FIND ? max[r] : 0.f); last[r] = equals[r] = splat(0); }
+    for (int r = 0; r < R; ++r) {
+        norm[r] = Norm(affine, channel + r);
+        top[r] = splat(FIND ? max[r] : 0.f); last[r] = equals[r] = splat(0);
+    }
     int64_t i = 0;
     while (i + W <= n) {
         Vec s[R];
-        for (int r = 0; r < R; ++r) s[r] = splat(0.f);
+        for (int r = 0; r < R; ++r) s[r] = hats_of[r] = splat(0.f);
         for (const int64_t end = std::min(n, i + 512 * W); i + W <= end; i += W, here += W) {
             const Vec w = SUM ? load(weights + i) : splat(0.f);
             if (R > 1) prefetch<R>(x, n, i);
             for (int r = 0; r < R; ++r) {
-                const Vec v = load(x + r * n + i);
-                if (SUM) s[r] += v * w;
+                const Vec hat = norm[r].hat(load(x + r * n + i), i);
+                if (SUM) s[r] += hat * w;
                 if (!FIND) continue;
-                const Int equal = v == top[r];
+                const Int equal = norm[r].full(hat, i) == top[r];
                 last[r] = equal ? here : last[r];
                 equals[r] -= equal;
+                if (Norm::NORM) hats_of[r] += equal ? hat : splat(0.f);
             }
         }
-        for (int r = 0; r < R && SUM; ++r) total[r] += sum_of(s[r]);
+        for (int r = 0; r < R; ++r) {
+            if (SUM) total[r] += sum_of(s[r]);
+            if (FIND && Norm::NORM) at_maxima[r] += sum_of(hats_of[r]);
+        }
     }
     for (int r = 0; r < R; ++r) {
         int32_t place = max_of(last[r]), places = sum_of(equals[r]);
         for (int64_t k = i; k < n; ++k) {
-            const float v = get(x + r * n + k);
-            if (SUM) total[r] += v * weights[k];
-            if (FIND && v == max[r]) { place = int32_t(k); ++places; }
+            const float hat = norm[r].hat(get(x + r * n + k), k);
+            if (SUM) total[r] += hat * weights[k];
+            if (FIND && norm[r].full(hat, k) == max[r]) { place = int32_t(k); ++places; at_maxima[r] += hat; }
         }
         if (SUM) found[r] = float(total[r]);
         if (FIND) { where[r] = places == 1 ? place : -1; count[r] = places; }
+        if (FIND && Norm::NORM) hats[r] = float(at_maxima[r]);
     }
 }
 
-// where some rows are the maxima of their columns
-template <class T>
-inline void find_in_rows(const T* x, int64_t n, int32_t row, int64_t rows, const float* max, const Places& places) {
+// where some rows are the maxima of their columns, and with a norm the sum of hat there
+template <class Norm, class T>
+inline void find_in_rows(const T* x, const Affine* affine, int64_t n, int32_t row, int64_t rows, const float* max, const Places& places, double* hats) {
     if (n > NARROW && rows > 1) {
-        for (int64_t r = 0; r < rows; ++r) find_in_rows(x + r * n, n, int32_t(row + r), 1, max, places);
+        for (int64_t r = 0; r < rows; ++r) find_in_rows<Norm>(x + r * n, affine, n, int32_t(row + r), 1, max, places, hats);
         return;
     }
+    const Norm norm(affine, 0);
     int64_t i = 0;
     for (; i + W <= n; i += W) {
         const Vec top = load(max + i);
-        Int where = load(places.where + i), count = load(places.count + i);
+        Int where = load(places.where + i), count = load(places.count + i), any = splat(0);
+        Vec sum = splat(0.f);
         for (int64_t r = 0; r < rows; ++r) {
-            const Int equal = load(x + r * n + i) == top;
+            const Vec hat = norm.hat(load(x + r * n + i), i);
+            const Int equal = norm.full(hat, i) == top;
             where = equal ? splat(int32_t(row + r)) : where;
             count -= equal;
+            if (Norm::NORM) { sum += equal ? hat : splat(0.f); any |= equal; }
         }
         store(places.where + i, where);
         store(places.count + i, count);
+        if (Norm::NORM && !none(any)) add_to(hats + i, sum);
     }
     for (; i < n; ++i)
-        for (int64_t r = 0; r < rows; ++r) if (get(x + r * n + i) == max[i]) note_one(places, i, row + r);
+        for (int64_t r = 0; r < rows; ++r) {
+            const float hat = norm.hat(get(x + r * n + i), i);
+            if (norm.full(hat, i) != max[i]) continue;
+            note_one(places, i, row + r);
+            if (Norm::NORM) hats[i] += hat;
+        }
 }
 
 // Of the gradients of a summary or of poolings of `size` each: that of the mean for each element, and that of a maximum for
@@ -561,47 +804,69 @@ struct Shares {
     }
 };
 
-// sum of x times what each element gets from a summary with tied maxima, for a channel
-template <class T>
-inline float tied_row(const T* x, float gate, const float* mean, const float* top, const float* share, int64_t n) {
-    double total = 0;
+// sum of x, with a norm of hat, times what each element gets from a summary with tied maxima, for a channel; and the sum of
+// what it gets
+template <class Norm, class T>
+inline float tied_row(const T* x, const Norm& norm, float gate, const float* mean, const float* top, const float* share, int64_t n, float* plain) {
+    double total = 0, got = 0;
     int64_t i = 0;
     while (i + W <= n) {
-        Vec s = splat(0.f);
+        Vec s = splat(0.f), p = s;
         for (const int64_t end = std::min(n, i + 512 * W); i + W <= end; i += W) {
-            const Vec v = load(x + i);
-            const Int equal = v * splat(gate) == load(top + i);
-            s += v * (load(mean + i) + (equal ? load(share + i) : splat(0.f)));
+            const Vec hat = norm.hat(load(x + i), i);
+            const Int equal = norm.full(hat, i) * splat(gate) == load(top + i);
+            const Vec part = load(mean + i) + (equal ? load(share + i) : splat(0.f));
+            s += hat * part;
+            if (Norm::NORM) p += part;
         }
         total += sum_of(s);
+        got += sum_of(p);
     }
-    for (; i < n; ++i) { const float v = get(x + i); total += v * (mean[i] + (v * gate == top[i] ? share[i] : 0.f)); }
+    for (; i < n; ++i) {
+        const float hat = norm.hat(get(x + i), i), part = mean[i] + (norm.full(hat, i) * gate == top[i] ? share[i] : 0.f);
+        total += hat * part;
+        got += part;
+    }
+    *plain = float(got);
     return float(total);
 }
 // the same for a position: added to the sums of all channels
-template <class T>
-inline void add_tied_row(const T* x, const float* gates, float mean, float top, float share, double* sum, int64_t n) {
+template <class Norm, class T>
+inline void add_tied_row(const T* x, const Norm& norm, const float* gates, float mean, float top, float share, double* sum, double* plain, int64_t n) {
     int64_t i = 0;
     for (; i + W <= n; i += W) {
-        const Vec v = load(x + i);
+        const Vec hat = norm.hat(load(x + i), i), v = norm.full(hat, i);
         const Int equal = (gates ? v * load(gates + i) : v) == splat(top);
-        add_to(sum + i, v * (splat(mean) + (equal ? splat(share) : splat(0.f))));
+        const Vec part = splat(mean) + (equal ? splat(share) : splat(0.f));
+        add_to(sum + i, hat * part);
+        if (Norm::NORM) add_to(plain + i, part);
     }
     for (; i < n; ++i) {
-        const float v = get(x + i);
-        sum[i] += v * (mean + ((gates ? v * gates[i] : v) == top ? share : 0.f));
+        const float hat = norm.hat(get(x + i), i), v = norm.full(hat, i);
+        const float part = mean + ((gates ? v * gates[i] : v) == top ? share : 0.f);
+        sum[i] += hat * part;
+        if (Norm::NORM) plain[i] += part;
     }
 }
 
 // Adds to the gradient of the channel gate what comes to it by the summary, sum of x * (dmean / C + dmax where largest),
-// where there is a summary; and finds where the maxima over the positions are, where they are given.
-template <class T>
-void grad_summary(const Map& map, const T* x, const float* channel, const Maxima* summary, const float* max, float* dchannel,
-                  int32_t* places) {
+// where there is a summary; and finds where the maxima over the positions are, where they are given. With a norm it adds
+// to the two sums of `grad_gates`, and hats are those of all places of a maximum together.
+template <class Down, class Along, class T>
+void grad_summary(const Map& map, const T* x, const Affine* affine, const float* channel, const Maxima* summary, const float* max,
+                  float* dchannel, int32_t* places, float* hats) {
     const int64_t b = map.b, c = map.c, n = map.n;
     const bool last = map.last;
     const int threads = map.threads;
     const Shares shares(threads, summary, b * n, c);
+    float* plain = affine && summary ? dchannel + b * c : nullptr;
+    // what each channel of a sample gets by the means is the same
+    if (plain && !shares.tied)
+        for (int64_t sample = 0; sample < b; ++sample) {
+            double total = 0;
+            for (int64_t i = sample * n; i < (sample + 1) * n; ++i) total += shares.mean[i];
+            for (int64_t j = sample * c; j < (sample + 1) * c; ++j) plain[j] += float(total);
+        }
     // with ties each element is asked whether it is a maximum; without them the products are read off the maxima below
     if (!last) {
         auto rows = [&](auto sum, auto find) {
@@ -613,8 +878,9 @@ void grad_summary(const Map& map, const T* x, const float* channel, const Maxima
                     const int many = j + 4 <= end ? 4 : 1;
                     float found[4];
                     const float* weights = sum ? &shares.mean[sample * n] : nullptr;
-                    (many == 4 ? weigh_rows<4, sum, find, T> : weigh_rows<1, sum, find, T>)(
-                        x + row * n, n, weights, found, max + (find ? row : 0), places + (find ? row : 0), places + (find ? b * c + row : 0));
+                    (many == 4 ? weigh_rows<4, sum, find, Down, T> : weigh_rows<1, sum, find, Down, T>)(
+                        x + row * n, affine, j, n, weights, found, max + (find ? row : 0), places + (find ? row : 0),
+                        places + (find ? b * c + row : 0), hats + (hats ? row : 0));
                     for (int r = 0; r < many && sum; ++r) dchannel[row + r] += found[r];
                     j += many;
                 }
@@ -623,48 +889,58 @@ void grad_summary(const Map& map, const T* x, const float* channel, const Maxima
         if (shares.tied)
             each_row(map, b * c, n, [&](int64_t row) {
                 const int64_t at = row / c * n;
-                dchannel[row] += tied_row(x + row * n, channel ? channel[row] : 1.f, &shares.mean[at], summary->max + at, &shares.max[at], n);
+                float got;
+                dchannel[row] += tied_row(x + row * n, Down(affine, row % c), channel ? channel[row] : 1.f, &shares.mean[at],
+                                          summary->max + at, &shares.max[at], n, &got);
+                if (plain) plain[row] += got;
             });
         const bool sum = summary && !shares.tied;
         if (sum && max) rows(std::true_type{}, std::true_type{});
         else if (sum) rows(std::true_type{}, std::false_type{});
         else if (max) rows(std::false_type{}, std::true_type{});
     } else {
-        const int64_t rows = rows_of_unit(map), parts = units(n, rows);
-        std::vector<double> sums(summary ? size_t(b * parts * c) : 0, 0.0);
+        const int64_t rows = rows_of_unit(map), parts = units(n, rows), size_of_sums = summary ? b * parts * c : 0;
+        std::vector<double> sums(size_t((plain ? 2 : 1) * size_of_sums), 0.0), found_hats(hats ? size_t(b * parts * c) : 0, 0.0);
         std::vector<int32_t> noted(max ? size_t(2 * b * parts * c) : 0, 0);
         parallel(threads, b * parts, [&](int64_t unit) {
             const int64_t sample = unit / parts, begin = unit % parts * rows, size = std::min(rows, n - begin);
             const float* top = max ? max + sample * c : nullptr;
             const Places here{max ? &noted[2 * unit * c] : nullptr, max ? &noted[(2 * unit + 1) * c] : nullptr};
+            double* sum = summary ? &sums[unit * c] : nullptr;
             // few rows at a time, which are in the cache when they are read again
             for (int64_t row = 0; row < size; row += 8) {
                 const int64_t some = std::min<int64_t>(8, size - row), at = sample * n + begin + row;
-                if (summary && !shares.tied) reduce_columns<false>(x + at * c, c, some, &shares.mean[at], &sums[unit * c], nullptr, c);
+                if (summary && !shares.tied) reduce_columns<false, HAT, Along>(x + at * c, c, some, affine, &shares.mean[at], sum, nullptr, c);
                 for (int64_t r = at; r < at + some && shares.tied; ++r)
-                    add_tied_row(x + r * c, channel ? channel + sample * c : nullptr, shares.mean[r], summary->max[r], shares.max[r], &sums[unit * c], c);
-                if (max) find_in_rows(x + at * c, c, int32_t(begin + row), some, top, here);
+                    add_tied_row(x + r * c, Along(affine, 0), channel ? channel + sample * c : nullptr, shares.mean[r], summary->max[r],
+                                 shares.max[r], sum, plain ? sum + size_of_sums : nullptr, c);
+                if (max) find_in_rows<Along>(x + at * c, affine, c, int32_t(begin + row), some, top, here, hats ? &found_hats[unit * c] : nullptr);
             }
         });
         each_row(map, b, c * parts, [&](int64_t sample) {
             for (int64_t j = 0; j < c; ++j) {
-                double total = 0;
+                double total = 0, got = 0, hats_there = 0;
                 int32_t where = 0, count = 0;
                 for (int64_t unit = sample * parts; unit < (sample + 1) * parts; ++unit) {
                     if (summary) total += sums[unit * c + j];
+                    if (plain) got += sums[size_of_sums + unit * c + j];
                     if (!max || !noted[(2 * unit + 1) * c + j]) continue;
                     where = noted[2 * unit * c + j];
                     count += noted[(2 * unit + 1) * c + j];
+                    if (hats) hats_there += found_hats[unit * c + j];
                 }
-                if (summary) dchannel[sample * c + j] += float(total);
-                if (max) { places[sample * c + j] = count == 1 ? where : -1; places[(b + sample) * c + j] = count; }
+                const int64_t at = sample * c + j;
+                if (summary) dchannel[at] += float(total);
+                if (plain) plain[at] += float(got);
+                if (max) { places[at] = count == 1 ? where : -1; places[b * c + at] = count; }
+                if (hats) hats[at] = float(hats_there);
             }
         });
     }
     if (!summary || shares.tied) return;
     // By the maxima. What was multiplied with the gate to give one is known without reading the map, but for tiny numbers.
     const int64_t some = std::max<int64_t>(4096, 8 * c), parts = units(n, some);
-    std::vector<double> totals(size_t(b * parts * c), 0.0);
+    std::vector<double> totals(size_t((plain ? 2 : 1) * b * parts * c), 0.0);
     parallel(threads, b * parts, [&](int64_t unit) {
         const int64_t sample = unit / parts, begin = unit % parts * some;
         double* total = &totals[unit * c];
@@ -674,22 +950,39 @@ void grad_summary(const Map& map, const T* x, const float* channel, const Maxima
             // NaN, which has come by the mean
             if (where < 0) continue;
             const float max = summary->max[at], gate = channel ? channel[sample * c + where] : 1.f;
-            const bool known = std::fabs(max) > 1e-30f && std::fabs(gate) > 1e-30f;
-            const float v = known ? max / gate : get(x + (last ? at * c + where : (sample * c + where) * n + i));
+            bool known = std::fabs(max) > 1e-30f && std::fabs(gate) > 1e-30f;
+            float v = max / gate;
+            if (Down::NORM) {
+                // what the bias is large beside is not to be had from the sum with it
+                known = known && std::fabs(v) < 4 * std::fabs(affine->weight[where]);
+                v = (v - affine->bias[where]) / affine->weight[where];
+            }
+            if (!known) v = Down(affine, where).hat(get(x + (last ? at * c + where : (sample * c + where) * n + i)), 0);
             total[where] += double(v) * shares.max[at];
+            if (plain) total[b * parts * c + where] += shares.max[at];
         }
     });
-    each_row(map, b * c, parts, [&](int64_t row) {
+    each_row(map, (plain ? 2 : 1) * b * c, parts, [&](int64_t row) {
         double total = 0;
         for (int64_t part = 0; part < parts; ++part) total += totals[(row / c * parts + part) * c + row % c];
         dchannel[row] += float(total);
     });
 }
+template <class T>
+void grad_summary(const Map& map, const T* x, const Affine* affine, const float* channel, const Maxima* summary, const float* max,
+                  float* dchannel, int32_t* places, float* hats) {
+    if (affine) grad_summary<OfRow, InRow>(map, x, affine, channel, summary, max, dchannel, places, hats);
+    else grad_summary<Bare, Bare>(map, x, affine, channel, summary, max, dchannel, places, hats);
+}
 
 // What the gradient of the map is computed from: dx = (dy * spatial + summary) * channel + pools. A row is a channel or,
 // channels last, a position; what varies within it is an array, what does not is a number.
 struct Maximum { const float *top, *share; float own_top, own_share; };
+// With a norm the gradient of u is out * dx - (slope * u + level).
+struct Behind { const float *out, *slope, *level; };
 struct Terms {
+    const Affine* affine;
+    Behind behind;
     const float *spatial, *summary, *channel, *pools;
     float own_spatial, own_summary, own_channel, own_pools;
     Maximum over_channels, over_positions;
@@ -697,15 +990,20 @@ struct Terms {
     const int32_t* where;
     int32_t row;
 };
-template <bool LAST, bool GATED, bool SUMMARY, bool POOLS, bool TIED, class T>
+template <bool LAST, bool GATED, bool SUMMARY, bool POOLS, bool TIED, class Norm, class T>
 inline void linear_row(const T* x, const T* dy, T* dx, const Terms& t, int64_t n) {
+    // in a norm by row its three numbers are for the row
+    const Norm norm(t.affine, LAST ? 0 : t.row);
+    const Behind& behind = t.behind;
+    const Vec out = splat(Norm::NORM ? *behind.out : 1.f), slope = splat(Norm::NORM ? *behind.slope : 0.f), level = splat(Norm::NORM ? *behind.level : 0.f);
     const Vec spatial = splat(t.own_spatial), summary = splat(t.own_summary), channel = splat(t.own_channel), pools = splat(t.own_pools);
     const Int here = splat(t.row);
     const Maximum &c = t.over_channels, &p = t.over_positions;
     int64_t i = 0;
     for (; i + W <= n; i += W) {
         Vec v = load(dy + i), given = splat(0.f);
-        if (TIED) given = load(x + i);
+        const Vec u = TIED || Norm::NORM ? load(x + i) : splat(0.f);
+        if (TIED) given = seen<FULL>(norm, u, i);
         const Vec gate = !LAST ? channel : GATED ? load(t.channel + i) : splat(1.f);
         if (LAST) v *= spatial;
         else if (GATED) v *= load(t.spatial + i);
@@ -720,10 +1018,12 @@ inline void linear_row(const T* x, const T* dy, T* dx, const Terms& t, int64_t n
             const Int equal = given == (LAST ? load(p.top + i) : splat(p.own_top));
             v += equal ? (LAST ? load(p.share + i) : splat(p.own_share)) : splat(0.f);
         }
+        if (Norm::NORM && LAST) v = v * load(behind.out + i) - (u * load(behind.slope + i) + load(behind.level + i));
+        else if (Norm::NORM) v = v * out - (u * slope + level);
         store(dx + i, v);
     }
     for (; i < n; ++i) {
-        const float given = TIED ? get(x + i) : 0.f, gate = !LAST ? t.own_channel : GATED ? t.channel[i] : 1.f;
+        const float u = TIED || Norm::NORM ? get(x + i) : 0.f, given = TIED ? seen<FULL>(norm, u, i) : 0.f, gate = !LAST ? t.own_channel : GATED ? t.channel[i] : 1.f;
         float v = get(dy + i);
         v *= LAST ? t.own_spatial : GATED ? t.spatial[i] : 1.f;
         if (SUMMARY) v += LAST ? t.own_summary : t.summary[i];
@@ -732,14 +1032,18 @@ inline void linear_row(const T* x, const T* dy, T* dx, const Terms& t, int64_t n
         v *= gate;
         if (POOLS) v += LAST ? t.pools[i] : t.own_pools;
         if (POOLS && TIED) v += given == (LAST ? p.top[i] : p.own_top) ? (LAST ? p.share[i] : p.own_share) : 0.f;
+        const int64_t at = LAST ? i : 0;
+        if (Norm::NORM) v = v * behind.out[at] - (u * behind.slope[at] + behind.level[at]);
         put(dx + i, v);
     }
 }
 
 // The gradient of x: from y if there is any, from the summary of the gated map, and from the poolings. Neither is gated
-// where nothing comes from y.
+// where nothing comes from y. With a norm there are gates and poolings and something from y, and the gradient is that of u,
+// from which `through`, the means of the gradients of x and of those times hat (2, C), is taken off as far as the norm was
+// one over the batch.
 template <class T>
-void grad_input(const Map& map, const T* x, const T* dy, const float* channel, const float* spatial, const Maxima* summary,
+void grad_input(const Map& map, const T* x, const T* dy, const Affine* affine, const float* through, const float* channel, const float* spatial, const Maxima* summary,
                 const Maxima* pools, T* dx) {
     const int64_t b = map.b, c = map.c, n = map.n;
     const bool last = map.last;
@@ -755,19 +1059,29 @@ void grad_input(const Map& map, const T* x, const T* dy, const float* channel, c
     const std::vector<T> nothing(dy ? 0 : size_t(width), T(0));
     const float* across = last ? channel : spatial;
     const float* own = last ? spatial : channel;
+    std::vector<float> behind(affine ? size_t(3 * c) : 0);
+    for (int64_t j = 0; j < c && affine; ++j) {
+        const double out = double(affine->weight[j]) * affine->inverse[j], mean = through ? through[j] : 0, slope = through ? through[c + j] : 0;
+        behind[j] = float(out);
+        behind[c + j] = float(out * slope * affine->inverse[j]);
+        behind[2 * c + j] = float(out * (mean + slope * affine->offset[j]));
+    }
     // adds to the element of a row where the maximum of the row is, the row being in the cache
     auto add = [&](int64_t row, int64_t begin, int64_t size, const Shares& shares, const int32_t* where, const float* gates) {
         const int64_t place = where[row] - begin;
         if (where[row] < 0 || place < 0 || place >= size) return;
         T* at = dx + row * width + where[row];
-        put(at, get(at) + shares.max[row] * (gates ? gates[place] : 1.f));
+        const float out = affine ? behind[last ? where[row] : row % c] : 1.f;
+        put(at, get(at) + shares.max[row] * (gates ? gates[place] : 1.f) * out);
     };
-    auto rows = [&](auto is_last, auto is_gated, auto has_summary, auto has_pools, auto is_tied) {
+    auto rows = [&](auto is_last, auto is_gated, auto has_summary, auto has_pools, auto is_tied, auto norm) {
         each_tile(map, height, width, [&](int64_t row, int64_t begin, int64_t size) {
             const int64_t before = row / height * width + begin, from = row * width + begin;
             const float* gates = across ? across + before : nullptr;
             const float gate = own ? own[row] : 1.f;
             Terms t{};
+            t.affine = affine;
+            if (affine) { const float* of = &behind[is_last ? 0 : row % c]; t.behind = {of, of + c, of + 2 * c}; }
             if (is_last) {
                 t.own_spatial = gate; t.channel = gates;
                 if (has_summary) { t.own_summary = to_summary.mean[row]; t.over_channels = {nullptr, nullptr, summary->max[row], to_summary.max[row]}; }
@@ -777,19 +1091,19 @@ void grad_input(const Map& map, const T* x, const T* dy, const float* channel, c
                 if (has_summary) { t.summary = &to_summary.mean[before]; t.over_channels = {summary->max + before, &to_summary.max[before], 0, 0}; t.where = summary->where + before; }
                 if (has_pools) { t.own_pools = to_pools.mean[row]; t.over_positions = {nullptr, nullptr, pool_tops[row], to_pools.max[row]}; }
             }
-            linear_row<is_last, is_gated, has_summary, has_pools, is_tied>(x + from, dy ? dy + from : nothing.data(), dx + from, t, size);
+            linear_row<is_last, is_gated, has_summary, has_pools, is_tied, decltype(norm)>(x + from, dy ? dy + from : nothing.data(), dx + from, t, size);
             if (is_tied) return;
             if (has_summary && is_last) add(row, begin, size, to_summary, summary->where, gates);
             if (has_pools && !is_last && pool_maxima) add(row, begin, size, to_pools, pools->where, nullptr);
         });
     };
-    auto with_ties = [&](auto is_last, auto is_gated, auto has_summary, auto has_pools) {
-        if (tied) rows(is_last, is_gated, has_summary, has_pools, std::true_type{});
-        else rows(is_last, is_gated, has_summary, has_pools, std::false_type{});
+    auto with_ties = [&](auto is_last, auto is_gated, auto has_summary, auto has_pools, auto norm) {
+        if (tied) rows(is_last, is_gated, has_summary, has_pools, std::true_type{}, norm);
+        else rows(is_last, is_gated, has_summary, has_pools, std::false_type{}, norm);
     };
     auto with_pools = [&](auto is_last, auto is_gated, auto has_summary) {
-        if (pools) with_ties(is_last, is_gated, has_summary, std::true_type{});
-        else with_ties(is_last, is_gated, has_summary, std::false_type{});
+        if (pools) with_ties(is_last, is_gated, has_summary, std::true_type{}, Bare());
+        else with_ties(is_last, is_gated, has_summary, std::false_type{}, Bare());
     };
     auto with_summary = [&](auto is_last, auto is_gated) {
         if (summary) with_pools(is_last, is_gated, std::true_type{});
@@ -799,14 +1113,20 @@ void grad_input(const Map& map, const T* x, const T* dy, const float* channel, c
         if (across) with_summary(is_last, std::true_type{});
         else with_summary(is_last, std::false_type{});
     };
-    if (last) with_gates(std::true_type{});
-    else with_gates(std::false_type{});
+    const std::true_type yes{};
+    const std::false_type no{};
+    if (affine && last && summary) with_ties(yes, yes, yes, yes, InRow());
+    else if (affine && last) with_ties(yes, yes, no, yes, InRow());
+    else if (affine && summary) with_ties(no, yes, yes, yes, OfRow());
+    else if (affine) with_ties(no, no, no, yes, OfRow());
+    else if (last) with_gates(yes);
+    else with_gates(no);
     if (!last || tied || !pool_maxima) return;
     // each maximum of a channel is in a row of its own
     each_row(map, b * c, 64, [&](int64_t one) {
         if (pools->where[one] < 0) return;
         T* at = dx + (one / c * n + pools->where[one]) * c + one % c;
-        put(at, get(at) + to_pools.max[one]);
+        put(at, get(at) + to_pools.max[one] * (affine ? behind[one % c] : 1.f));
     });
 }
 

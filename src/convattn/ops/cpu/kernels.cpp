@@ -128,40 +128,59 @@ EXPORT int convattn_path(int wanted) {
 }
 
 #define SHAPE int64_t b, int64_t c, int64_t n, int last, int threads
+#define MAP Map{b, c, n, last != 0, threads}
 
 #define DEFINE(type, suffix) \
-    EXPORT void convattn_pool_##suffix(SHAPE, const type* x, float* mean, float* max) { PATH(pool<type>(Map{b, c, n, last != 0, threads}, x, mean, max)) } \
-    EXPORT void convattn_summarise_##suffix(SHAPE, const type* x, const float* channel, float* mean, float* max) { \
-        PATH(summarise<type>(Map{b, c, n, last != 0, threads}, x, channel, mean, max)) \
+    EXPORT void convattn_pool_##suffix(SHAPE, const type* x, float* mean, float* max) { PATH(pool<type>(MAP, x, mean, max)) } \
+    EXPORT void convattn_statistics_##suffix(SHAPE, const type* x, float* mean, float* squares, float* max, float* min) { \
+        PATH(statistics<type>(MAP, x, Statistics{mean, squares, max, min})) \
     } \
-    EXPORT void convattn_apply_##suffix(SHAPE, const type* x, const float* channel, const float* spatial, \
-                                        const type* shortcut, type* y) { \
-        PATH(apply<type>(Map{b, c, n, last != 0, threads}, x, channel, spatial, shortcut, y)) \
+    EXPORT void convattn_summarise_##suffix(SHAPE, const type* x, const float* norm, const float* channel, float* mean, \
+                                            float* max) { \
+        PATH(const Affine affine = affine_at(norm, c); \
+             summarise<type>(MAP, x, norm ? &affine : nullptr, channel, mean, max)) \
     } \
-    EXPORT void convattn_grad_gates_##suffix(SHAPE, const type* x, const type* dy, const float* channel, \
-                                             const float* spatial, const float* max, int gated, float* dchannel, \
+    EXPORT void convattn_apply_##suffix(SHAPE, const type* x, const float* norm, const float* channel, \
+                                        const float* spatial, const type* shortcut, type* y) { \
+        PATH(const Affine affine = affine_at(norm, c); \
+             apply<type>(MAP, x, norm ? &affine : nullptr, channel, spatial, shortcut, y)) \
+    } \
+    EXPORT void convattn_grad_gates_##suffix(SHAPE, const type* x, const type* dy, const float* norm, \
+                                             const float* channel, const float* spatial, const float* max, int gated, float* dchannel, \
                                              float* dspatial, int32_t* places) { \
-        PATH(grad_gates<type>(Map{b, c, n, last != 0, threads}, x, dy, channel, spatial, max, gated != 0, dchannel, \
+        PATH(const Affine affine = affine_at(norm, c); \
+             grad_gates<type>(MAP, x, dy, norm ? &affine : nullptr, channel, spatial, max, gated != 0, dchannel, \
                               dspatial, places)) \
     } \
-    EXPORT void convattn_grad_summary_##suffix(SHAPE, const type* x, const float* channel, const float* smax, \
-                                               const float* dsmean, const float* dsmax, const int32_t* splaces, \
-                                               const float* pmax, float* dchannel, int32_t* places) { \
+    EXPORT void convattn_grad_summary_##suffix(SHAPE, const type* x, const float* norm, const float* channel, \
+                                               const float* smax, const float* dsmean, const float* dsmax, \
+                                               const int32_t* splaces, const float* pmax, float* dchannel, \
+                                               int32_t* places, float* hats) { \
         PATH(const Maxima summary({smax, dsmean, dsmax, splaces, splaces ? splaces + b * n : nullptr}); \
-             grad_summary<type>(Map{b, c, n, last != 0, threads}, x, channel, dsmean ? &summary : nullptr, pmax, \
-                                dchannel, places)) \
+             const Affine affine = affine_at(norm, c); \
+             grad_summary<type>(MAP, x, norm ? &affine : nullptr, channel, dsmean ? &summary : nullptr, pmax, dchannel, \
+                                places, hats)) \
     } \
-    EXPORT void convattn_grad_input_##suffix(SHAPE, const type* x, const type* dy, const float* channel, \
-                                             const float* spatial, const float* smax, const float* dsmean, \
+    EXPORT void convattn_grad_input_##suffix(SHAPE, const type* x, const type* dy, const float* norm, \
+                                             const float* through, const float* channel, const float* spatial, const float* smax, const float* dsmean, \
                                              const float* dsmax, const int32_t* splaces, const float* pmax, \
                                              const float* dpmean, const float* dpmax, const int32_t* pplaces, \
                                              type* dx) { \
         PATH(const Maxima summary({smax, dsmean, dsmax, splaces, splaces ? splaces + b * n : nullptr}); \
              const Maxima pools({pmax, dpmean, dpmax, pplaces, pplaces ? pplaces + b * c : nullptr}); \
-             grad_input<type>(Map{b, c, n, last != 0, threads}, x, dy, channel, spatial, dsmean ? &summary : nullptr, \
+             const Affine affine = affine_at(norm, c); \
+             grad_input<type>(MAP, x, dy, norm ? &affine : nullptr, through, channel, spatial, dsmean ? &summary : nullptr, \
                               dpmean || dpmax ? &pools : nullptr, dx)) \
     }
 BOTH(DEFINE)
+
+// what a batch norm makes of statistics, each (B, C); in training its mean and variance are written to moments, else read
+EXPORT void convattn_normalise(int64_t b, int64_t c, int64_t n, int training, double eps, float* mean, float* squares,
+                               float* max, float* min, const float* weight, const float* bias, float* affine,
+                               float* moments, float* hat, float* mean_of_x, float* max_of_x) {
+    PATH(normalise(b, c, n, training != 0, eps, Statistics{mean, squares, max, min}, weight, bias,
+                   Normed{affine, moments, hat, mean_of_x, max_of_x}))
+}
 
 // the convolution of a summary, in float32: b samples of h x w, a window of kh x kw
 EXPORT void convattn_conv(int64_t b, int64_t h, int64_t w, int64_t kh, int64_t kw, int threads, const float* summary,

@@ -11,21 +11,29 @@ FOLDER = Path(__file__).parent
 # by name what a function takes behind the shape of a map: `*` is a pointer and `i` a number
 ON_MAPS = {
     "pool": "***",
-    "summarise": "****",
-    "apply": "*****",
-    "grad_gates": "*****i***",
-    "grad_summary": "*" * 9,
-    "grad_input": "*" * 13,
+    "statistics": "*****",
+    "summarise": "*****",
+    "apply": "******",
+    "grad_gates": "******i***",
+    "grad_summary": "*" * 11,
+    "grad_input": "*" * 15,
 }
-# and what those on small maps take, `l` being a long number and `f` one in float32
+# and what those on small maps take, `l` being a long number, `f` one in float32 and `d` one in float64
 ON_SMALL = {
+    "normalise": "llli" + "d" + "*" * 11,
     "conv": "lllll" + "i***",
     "grad_conv": "lllll" + "i*****",
     "gate": "liif" + "******" + "*",
     "grad_gate": "liif" + "******" + "***",
     "mlp": "llll" + "*" * 9,
 }
-TYPES: dict[str, Any] = {"*": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float}
+TYPES: dict[str, Any] = {
+    "*": ctypes.c_void_p,
+    "i": ctypes.c_int,
+    "l": ctypes.c_int64,
+    "f": ctypes.c_float,
+    "d": ctypes.c_double,
+}
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 # below so many elements a second thread costs more than it saves
 FEW = 1 << 15

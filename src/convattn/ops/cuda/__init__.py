@@ -93,7 +93,7 @@ class Kernels:
 
     def grad_summary(
         self, x: Tensor, channel: Maybe, summary: tuple[Maybe, ...], maximum: Maybe, dchannel: Maybe
-    ) -> Maybe:
+    ) -> tuple[Maybe, Maybe]:
         """Add to the gradient of the channel gate what comes by the summary; count the maxima over positions."""
         seen, dmean, dmax, places = summary
         count = None if maximum is None else torch.empty_like(maximum)
@@ -102,7 +102,7 @@ class Kernels:
         there = {"SUMMARY": seen is not None, "GATED": channel is not None, "COUNT": maximum is not None}
         given = (x, *(_or(one, x) for one in (channel, seen, mean, share, maximum, dchannel, count)))
         self.kernels.grad_summary[self.blocks_c, self.batch](*given, *self.shape, **there, **self.sides)
-        return count
+        return count, None
 
     def grad_input(
         self,
@@ -112,6 +112,7 @@ class Kernels:
         spatial: Maybe,
         summary: tuple[Maybe, ...],
         pools: tuple[Maybe, ...],
+        through: Maybe = None,
     ) -> Tensor:
         """The gradient of the map."""
         dx = torch.empty_like(x)
