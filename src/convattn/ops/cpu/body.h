@@ -106,16 +106,17 @@ inline V seen(const Norm& norm, V u, int64_t i) {
     return SEE == FULL ? norm.full(hat, i) : hat;
 }
 
-// rows of this many elements and less are read several at a time also where one follows the other
-constexpr int64_t NARROW = 128;
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
-// Asks for what follows R rows, when some of the rows are read: the processor itself follows few rows at a time. Called
-// for W places after another, of which every second begins a line of the cache.
+// Asks for what follows R rows of n, when W places of each are read from i on: the processor itself follows few rows at a
+// time. Where one row follows the other it is asked for in the order of memory, which is faster.
 template <int R, class T>
-inline void prefetch(const T* x, int64_t stride, int64_t i) {
-    if (i * int64_t(sizeof(T)) % 64) return;
-    for (int r = 0; r < R; ++r) __builtin_prefetch(x + (R + r) * stride + i);
+ALWAYS_INLINE void prefetch(const T* x, int64_t stride, int64_t n, int64_t i) {
+    if (stride == n) {
+        const char* next = reinterpret_cast<const char*>(x + R * (n + i));
+        for (size_t ahead = 0; ahead < R * W * sizeof(T); ahead += 64) __builtin_prefetch(next + ahead);
+    } else if (i * int64_t(sizeof(T)) % 64 == 0)
+        for (int r = 0; r < R; ++r) __builtin_prefetch(x + (R + r) * stride + i);
 }
 
 // sum, and if asked the maximum, of x[i] * factor[i], or of x[i] without factors
@@ -174,7 +175,7 @@ inline void add_rows(const T* x, int64_t stride, const Affine* affine, int64_t c
     int64_t i = 0;
     for (; i + W <= n; i += W) {
         Vec total = splat(0.f), top = splat(LOWEST);
-        if (R > 1) prefetch<R>(x, stride, i);
+        if (R > 1) prefetch<R>(x, stride, n, i);
         for (int r = 0; r < R; ++r) {
             Vec v = seen<SEE>(norm[r], load(x + r * stride + i), i);
             if (scale) v *= splat(scale[r]);
@@ -194,7 +195,7 @@ inline void add_rows(const T* x, int64_t stride, const Affine* affine, int64_t c
 template <bool MAX, See SEE, class Norm, class T>
 inline void reduce_columns(const T* x, int64_t stride, int64_t rows, const Affine* affine, const float* scale, double* sum, float* max, int64_t n) {
     int64_t r = 0;
-    for (; r + 8 <= rows && (stride > n || n <= NARROW); r += 8)
+    for (; r + 8 <= rows; r += 8)
         add_rows<8, MAX, SEE, Norm>(x + r * stride, stride, affine, r, scale ? scale + r : nullptr, sum, max, n);
     for (; r < rows; ++r) add_rows<1, MAX, SEE, Norm>(x + r * stride, stride, affine, r, scale ? scale + r : nullptr, sum, max, n);
 }
@@ -352,6 +353,7 @@ inline void add_moments(const T* x, int64_t n, const float* near, float* sum, fl
     for (; i + W <= n; i += W) {
         Vec s = load(sum + i), q = load(squares + i), top = load(max + i), bottom = load(min + i);
         const Vec k = load(near + i);
+        if (R > 1) prefetch<R>(x, n, n, i);
         for (int r = 0; r < R; ++r) {
             const Vec v = load(x + r * n + i), d = v - k;
             s += d; q += d * d;
@@ -399,7 +401,7 @@ void statistics(const Map& map, const T* x, const Statistics& to) {
             const int64_t until = std::min(end, row + ROWS);
             std::fill(sum, sum + 2 * c, 0.f);
             const T* from = x + (sample * n + row) * c;
-            for (; row + 4 <= until && c <= NARROW; row += 4, from += 4 * c) add_moments<4>(from, c, &near[sample * c], sum, squares, max, min);
+            for (; row + 4 <= until; row += 4, from += 4 * c) add_moments<4>(from, c, &near[sample * c], sum, squares, max, min);
             for (; row < until; ++row, from += c) add_moments<1>(from, c, &near[sample * c], sum, squares, max, min);
             for (int64_t j = 0; j < c; ++j) { here[j].sum += sum[j]; here[j].squares += squares[j]; }
         }
@@ -579,7 +581,7 @@ inline void product_rows(const Rows& rows, int64_t row, const T* x, const T* dy,
         const Vec a = rows.across ? load(rows.across + i) : splat(1.f);
         Vec total = splat(0.f), plain_total = total;
         const bool across = FIND == ACROSS_ROWS;
-        if (R > 1) { prefetch<R>(x, rows.stride, i); prefetch<R>(dy, rows.stride, i); }
+        if (R > 1) { prefetch<R>(x, rows.stride, n, i); prefetch<R>(dy, rows.stride, n, i); }
         const Vec tops = across ? load(rows.max + i) : splat(0.f);
         Int at = across ? load(rows.places.where + i) : splat(0), equals = across ? load(rows.places.count + i) : splat(0);
         for (int r = 0; r < R; ++r) {
@@ -638,8 +640,6 @@ void grad_gates(const Map& map, const T* x, const T* dy, const Affine* affine, c
     float* down = last ? dspatial : dchannel;
     const int64_t tile = last ? width : tile_of(map, TILE), tall = last ? rows_of_unit(map) : height;
     const int64_t wide_parts = units(width, tile), tall_parts = units(height, tall);
-    // several rows at a time, unless that is to read in several places at once where one after the other would do
-    const bool together = !last || width <= NARROW;
     // with a norm each sum is two
     const int64_t owns = affine && !last ? 2 : 1, acrosses = affine && last ? 2 : 1;
     std::vector<float> partial_own(down && wide_parts > 1 ? size_t(owns * b * height * wide_parts) : 0);
@@ -658,7 +658,7 @@ void grad_gates(const Map& map, const T* x, const T* dy, const Affine* affine, c
             for (int64_t row = high * tall; row < end;) {
                 const int64_t from = (before + row) * width + begin;
                 float found[8];
-                const int some = together && row + 4 <= end ? 4 : 1;
+                const int some = row + 4 <= end ? 4 : 1;
                 (some == 4 ? product_rows<4, has_down, has_across, find, decltype(norm), T> : product_rows<1, has_down, has_across, find, decltype(norm), T>)(
                     rows, row, x + from, dy + from, found, sums, more_sums);
                 for (int r = 0; r < some && has_down; ++r)
@@ -719,7 +719,7 @@ inline void weigh_rows(const T* x, const Affine* affine, int64_t channel, int64_
         for (int r = 0; r < R; ++r) s[r] = hats_of[r] = splat(0.f);
         for (const int64_t end = std::min(n, i + 512 * W); i + W <= end; i += W, here += W) {
             const Vec w = SUM ? load(weights + i) : splat(0.f);
-            if (R > 1) prefetch<R>(x, n, i);
+            if (R > 1) prefetch<R>(x, n, n, i);
             for (int r = 0; r < R; ++r) {
                 const Vec hat = norm[r].hat(load(x + r * n + i), i);
                 if (SUM) s[r] += hat * w;
@@ -746,39 +746,6 @@ inline void weigh_rows(const T* x, const Affine* affine, int64_t channel, int64_
         if (FIND) { where[r] = places == 1 ? place : -1; count[r] = places; }
         if (FIND && Norm::NORM) hats[r] = float(at_maxima[r]);
     }
-}
-
-// where some rows are the maxima of their columns, and with a norm the sum of hat there
-template <class Norm, class T>
-inline void find_in_rows(const T* x, const Affine* affine, int64_t n, int32_t row, int64_t rows, const float* max, const Places& places, double* hats) {
-    if (n > NARROW && rows > 1) {
-        for (int64_t r = 0; r < rows; ++r) find_in_rows<Norm>(x + r * n, affine, n, int32_t(row + r), 1, max, places, hats);
-        return;
-    }
-    const Norm norm(affine, 0);
-    int64_t i = 0;
-    for (; i + W <= n; i += W) {
-        const Vec top = load(max + i);
-        Int where = load(places.where + i), count = load(places.count + i), any = splat(0);
-        Vec sum = splat(0.f);
-        for (int64_t r = 0; r < rows; ++r) {
-            const Vec hat = norm.hat(load(x + r * n + i), i);
-            const Int equal = norm.full(hat, i) == top;
-            where = equal ? splat(int32_t(row + r)) : where;
-            count -= equal;
-            if (Norm::NORM) { sum += equal ? hat : splat(0.f); any |= equal; }
-        }
-        store(places.where + i, where);
-        store(places.count + i, count);
-        if (Norm::NORM && !none(any)) add_to(hats + i, sum);
-    }
-    for (; i < n; ++i)
-        for (int64_t r = 0; r < rows; ++r) {
-            const float hat = norm.hat(get(x + r * n + i), i);
-            if (norm.full(hat, i) != max[i]) continue;
-            note_one(places, i, row + r);
-            if (Norm::NORM) hats[i] += hat;
-        }
 }
 
 // Of the gradients of a summary or of poolings of `size` each: that of the mean for each element, and that of a maximum for
@@ -830,23 +797,61 @@ inline float tied_row(const T* x, const Norm& norm, float gate, const float* mea
     *plain = float(got);
     return float(total);
 }
-// the same for a position: added to the sums of all channels
-template <class Norm, class T>
-inline void add_tied_row(const T* x, const Norm& norm, const float* gates, float mean, float top, float share, double* sum, double* plain, int64_t n) {
+// What positions get from a summary: each `mean`, and `share` where it is `top` with its channel gated.
+struct Given { const float *mean, *top, *share; };
+// Of R rows that are positions, added to running sums of all channels: x, or with a norm hat, times what it gets, and with
+// a norm what it gets; and where the channels' own maxima are, and with a norm the sum of hat there.
+struct Found { double *sum, *plain, *hats; Places places; };
+template <int R, bool SUM, bool TIED, bool FIND, class Norm, class T>
+inline void weigh_positions(const T* x, const Affine* affine, int64_t n, const float* gates, const Given& given, const float* max,
+                            int32_t first, const Found& found) {
+    const Norm norm(affine, 0);
+    Vec means[R], tops[R], shares[R];
+    for (int r = 0; r < R; ++r) {
+        means[r] = splat(SUM ? given.mean[r] : 0.f);
+        tops[r] = splat(TIED ? given.top[r] : 0.f); shares[r] = splat(TIED ? given.share[r] : 0.f);
+    }
     int64_t i = 0;
     for (; i + W <= n; i += W) {
-        const Vec hat = norm.hat(load(x + i), i), v = norm.full(hat, i);
-        const Int equal = (gates ? v * load(gates + i) : v) == splat(top);
-        const Vec part = splat(mean) + (equal ? splat(share) : splat(0.f));
-        add_to(sum + i, hat * part);
-        if (Norm::NORM) add_to(plain + i, part);
+        if (R > 1) prefetch<R>(x, n, n, i);
+        const Vec top = FIND ? load(max + i) : splat(0.f), gate = TIED && gates ? load(gates + i) : splat(1.f);
+        Int where = FIND ? load(found.places.where + i) : splat(0), count = splat(0);
+        Vec sum = splat(0.f), plain = sum, hats = sum;
+        for (int r = 0; r < R; ++r) {
+            const Vec hat = norm.hat(load(x + r * n + i), i), v = norm.full(hat, i);
+            if (SUM) {
+                Vec part = means[r];
+                if (TIED) part += v * gate == tops[r] ? shares[r] : splat(0.f);
+                sum += hat * part;
+                if (TIED && Norm::NORM) plain += part;
+            }
+            if (FIND) {
+                const Int equal = v == top;
+                where = equal ? splat(first + r) : where;
+                count -= equal;
+                if (Norm::NORM) hats += equal ? hat : splat(0.f);
+            }
+        }
+        if (SUM) add_to(found.sum + i, sum);
+        if (SUM && TIED && Norm::NORM) add_to(found.plain + i, plain);
+        if (FIND && !none(count)) {
+            store(found.places.where + i, where);
+            store(found.places.count + i, load(found.places.count + i) + count);
+            if (Norm::NORM) add_to(found.hats + i, hats);
+        }
     }
-    for (; i < n; ++i) {
-        const float hat = norm.hat(get(x + i), i), v = norm.full(hat, i);
-        const float part = mean + ((gates ? v * gates[i] : v) == top ? share : 0.f);
-        sum[i] += hat * part;
-        if (Norm::NORM) plain[i] += part;
-    }
+    for (; i < n; ++i)
+        for (int r = 0; r < R; ++r) {
+            const float hat = norm.hat(get(x + r * n + i), i), v = norm.full(hat, i);
+            if (SUM) {
+                const float part = given.mean[r] + (TIED && (gates ? v * gates[i] : v) == given.top[r] ? given.share[r] : 0.f);
+                found.sum[i] += hat * part;
+                if (TIED && Norm::NORM) found.plain[i] += part;
+            }
+            if (!FIND || v != max[i]) continue;
+            note_one(found.places, i, first + r);
+            if (Norm::NORM) found.hats[i] += hat;
+        }
 }
 
 // Adds to the gradient of the channel gate what comes to it by the summary, sum of x * (dmean / C + dmax where largest),
@@ -902,21 +907,31 @@ void grad_summary(const Map& map, const T* x, const Affine* affine, const float*
         const int64_t rows = rows_of_unit(map), parts = units(n, rows), size_of_sums = summary ? b * parts * c : 0;
         std::vector<double> sums(size_t((plain ? 2 : 1) * size_of_sums), 0.0), found_hats(hats ? size_t(b * parts * c) : 0, 0.0);
         std::vector<int32_t> noted(max ? size_t(2 * b * parts * c) : 0, 0);
-        parallel(threads, b * parts, [&](int64_t unit) {
-            const int64_t sample = unit / parts, begin = unit % parts * rows, size = std::min(rows, n - begin);
-            const float* top = max ? max + sample * c : nullptr;
-            const Places here{max ? &noted[2 * unit * c] : nullptr, max ? &noted[(2 * unit + 1) * c] : nullptr};
-            double* sum = summary ? &sums[unit * c] : nullptr;
-            // few rows at a time, which are in the cache when they are read again
-            for (int64_t row = 0; row < size; row += 8) {
-                const int64_t some = std::min<int64_t>(8, size - row), at = sample * n + begin + row;
-                if (summary && !shares.tied) reduce_columns<false, HAT, Along>(x + at * c, c, some, affine, &shares.mean[at], sum, nullptr, c);
-                for (int64_t r = at; r < at + some && shares.tied; ++r)
-                    add_tied_row(x + r * c, Along(affine, 0), channel ? channel + sample * c : nullptr, shares.mean[r], summary->max[r],
-                                 shares.max[r], sum, plain ? sum + size_of_sums : nullptr, c);
-                if (max) find_in_rows<Along>(x + at * c, affine, c, int32_t(begin + row), some, top, here, hats ? &found_hats[unit * c] : nullptr);
-            }
-        });
+        auto all = [&](auto has_sum, auto is_tied, auto finds) {
+            parallel(threads, b * parts, [&](int64_t unit) {
+                const int64_t sample = unit / parts, begin = unit % parts * rows, end = std::min(n, begin + rows);
+                const float *top = max + (finds ? sample * c : 0), *gates = channel ? channel + sample * c : nullptr;
+                double* sum = has_sum ? &sums[unit * c] : nullptr;
+                const Found found{sum, plain ? sum + size_of_sums : nullptr, hats ? &found_hats[unit * c] : nullptr,
+                                  {finds ? &noted[2 * unit * c] : nullptr, finds ? &noted[(2 * unit + 1) * c] : nullptr}};
+                for (int64_t row = begin; row < end;) {
+                    const int64_t at = sample * n + row;
+                    Given given{};
+                    if (has_sum) given = {&shares.mean[at], summary->max + at, is_tied ? &shares.max[at] : nullptr};
+                    const bool many = row + 8 <= end;
+                    (many ? weigh_positions<8, has_sum, is_tied, finds, Along, T> : weigh_positions<1, has_sum, is_tied, finds, Along, T>)(
+                        x + at * c, affine, c, gates, given, top, int32_t(row), found);
+                    row += many ? 8 : 1;
+                }
+            });
+        };
+        const std::true_type yes{};
+        const std::false_type no{};
+        if (shares.tied && max) all(yes, yes, yes);
+        else if (shares.tied) all(yes, yes, no);
+        else if (summary && max) all(yes, no, yes);
+        else if (summary) all(yes, no, no);
+        else all(no, no, yes);
         each_row(map, b, c * parts, [&](int64_t sample) {
             for (int64_t j = 0; j < c; ++j) {
                 double total = 0, got = 0, hats_there = 0;

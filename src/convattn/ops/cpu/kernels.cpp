@@ -21,6 +21,13 @@
 #include <sys/mman.h>
 #endif
 
+// for what is called between vectors: a call would have all of them put aside
+#if defined(__GNUC__)
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+#else
+#define ALWAYS_INLINE inline
+#endif
+
 namespace {
 
 // what runs a function in all threads of PyTorch's own pool, and what tells which of them it is; null without a pool
