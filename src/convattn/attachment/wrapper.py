@@ -69,9 +69,10 @@ class Attached(nn.Module):
     @torch.jit.unused
     def convattn_normed(self, x: torch.Tensor) -> torch.Tensor | None:
         """The same for a norm, in fewer passes; None where that cannot be."""
-        attention = self.attention
-        served = isinstance(attention, Gate) and not self.convattn_last
-        return attention.behind(layer_of(self), x) if served else None
+        attention = self._modules[ATTENTION]
+        if isinstance(attention, Gate) and not self.convattn_last:
+            return attention.behind(layer_of(self), x)
+        return None
 
     def convattn_gated(self, y: torch.Tensor) -> torch.Tensor:
         """A map of the layer's memory order, gated."""

@@ -93,8 +93,8 @@ class Gate(OnMaps):
         None where the layer is another one, where someone watches one of both, where no fused operator serves the map,
         and while `strength` is 0, since norms that are computed in another order differ in the last bit.
         """
-        norm = described_norm(layer)
-        if norm is None or type(u) is not torch.Tensor or not plain(self) or "forward" in self.__dict__:
+        norm = described_norm(layer) if ops.takes_norms(u) and plain(self) else None
+        if norm is None or "forward" in self.__dict__:
             return None
         gates = self.fused()
         if gates is None or u.dim() != self.dimensions + 2 or u.shape[1] != self.channels or u.numel() == 0:

@@ -5,7 +5,7 @@
 
 import torch.fx
 
-from convattn.ops.backends import choice, gated, mean_max, normed, use
+from convattn.ops.backends import choice, gated, mean_max, normed, takes_norms, use
 from convattn.ops.fused import Gates, Mlp, Norm, Window
 from convattn.ops.reference import POOLS, apply_gate, blend, broadcast, spatial_summary, squeeze
 
@@ -28,5 +28,6 @@ __all__ = [
     "normed",
     "spatial_summary",
     "squeeze",
+    "takes_norms",
     "use",
 ]

@@ -121,17 +121,20 @@ def gated(
     return reference.gated(x, pools, channel, spatial, strength, parallel, dimensions, shortcut), None
 
 
+def takes_norms(u: torch.Tensor) -> bool:
+    """Whether a norm of this map can ride along in the passes of the gates behind it, see `normed`."""
+    return not torch.compiler.is_compiling() and asked() in (None, CPU) and choice(u) == CPU
+
+
 def normed(
     u: torch.Tensor, norm: fused.Norm, gates: fused.Gates, strength: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor] | None:
-    """The gated map of norm(u) without that map ever lying in memory; None where no fused operator does it.
+    """The gated map of norm(u) without that map ever lying in memory; None where types forbid it.
 
     Returns:
         The gated map, and mean and biased variance of the logits of the spatial gate (2) and of the norm's input
         (2, C), whose running ones are then still to be updated where they are trained.
     """
-    if torch.compiler.is_compiling() or asked() not in (None, CPU) or choice(u) != CPU:
-        return None
     if not _alike(u, gates) or any(one is not None and one.dtype is not torch.float32 for one in norm[:4]):
         return None
     return fused.normed(cpu.Kernels, u, norm, gates, strength)
