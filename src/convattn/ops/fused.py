@@ -190,6 +190,9 @@ class Kernels(Protocol):
     def mlp(self, mlp: Mlp, pooled: Tensor) -> tuple[Tensor, "Kept"]:
         """The channel gate (B, C) of poolings, and what is kept; by `mlp` where there is nothing quicker."""
 
+    def grad_mlp(self, mlp: Mlp, kept: "Kept", dgate: Tensor) -> tuple[Tensor, tuple[Maybe, ...]]:
+        """Gradients of the poolings, and of the weights and biases; by `grad_mlp` where there is nothing quicker."""
+
     def summarise(self, x: Tensor, channel: Maybe) -> Tensor:
         """Means and maxima over channels (2, B, *spatial), of the map or of the map with its channels gated."""
 
@@ -316,7 +319,7 @@ def backward(
                 by_channel = (dchannel * less).sum().reshape(1)
                 dstrength = by_channel if dstrength is None else dstrength + by_channel
                 dchannel = dchannel * strength
-            dpooled, by_mlp = _grad_mlp(mlp, kept, dchannel)
+            dpooled, by_mlp = kernels.grad_mlp(mlp, kept, dchannel)
             pools = (
                 maximum,
                 dpooled[0] if "mean" in mlp.pools else None,
@@ -364,7 +367,7 @@ def mlp(mlp: Mlp, pooled: Tensor) -> tuple[Tensor, Kept]:
     return GATE_ACTIVATIONS[mlp.gate](logits), Kept(pooled, first, hidden, logits)
 
 
-def _grad_mlp(mlp: Mlp, kept: Any, dgate: Tensor) -> tuple[Tensor, tuple[Maybe, ...]]:
+def grad_mlp(mlp: Mlp, kept: Any, dgate: Tensor) -> tuple[Tensor, tuple[Maybe, ...]]:
     """Gradients of the poolings and of the weights and biases."""
     pooled, first, logits = kept.pooled, kept.first, kept.logits
     if mlp.gate == "sigmoid":

@@ -94,23 +94,42 @@ class Kernels:
 
     def mlp(self, mlp: fused.Mlp, pooled: Tensor) -> tuple[Tensor, fused.Kept]:
         """The channel gate (B, C) of poolings, and what is kept."""
-        width = len(mlp.first)
-        pools, batch, channels = pooled.shape
-        small = width * pooled.numel() <= FEW_PRODUCTS and mlp.activation == "relu" and mlp.gate == "sigmoid"
-        if not small or any(one is not None and not _ready(one) for one in mlp[3:]):
+        sizes = self._sizes(mlp, pooled)
+        if sizes is None:
             return fused.mlp(mlp, pooled)
+        pools, batch, channels, width, _ = sizes
         # in one piece: behind the first layer, hidden, logits, and gate
-        sizes = (pools * batch * width, batch * width, batch * channels, batch * channels)
-        found = torch.empty(sum(sizes))
+        lengths = (pools * batch * width, batch * width, batch * channels, batch * channels)
+        found = torch.empty(sum(lengths))
         at = found.data_ptr()
-        pointers = [at, at + 4 * sizes[0], at + 4 * (sizes[0] + sizes[1]), at + 4 * (sizes[0] + sizes[1] + sizes[2])]
-        call = self.library.functions["mlp", torch.float32]
-        call(pools, batch, channels, width, pooled.data_ptr(), *map(_at, mlp[3:]), *pointers)
-        first, hidden, logits, gate = found.split(sizes)  # type: ignore[no-untyped-call]
+        pointers = [at + 4 * sum(lengths[:place]) for place in range(4)]
+        self.library.functions["mlp", torch.float32](*sizes, pooled.data_ptr(), *map(_at, mlp[3:]), *pointers)
+        first, hidden, logits, gate = found.split(lengths)  # type: ignore[no-untyped-call]
         kept = fused.Kept(
             pooled, first.view(pools, batch, width), hidden.view(batch, width), logits.view(batch, channels)
         )
         return gate.view(batch, channels), kept
+
+    def grad_mlp(self, mlp: fused.Mlp, kept: fused.Kept, dgate: Tensor) -> tuple[Tensor, tuple[Maybe, ...]]:
+        """Gradients of the poolings, and of the weights and biases."""
+        sizes = self._sizes(mlp, kept.pooled)
+        if sizes is None:
+            return fused.grad_mlp(mlp, kept, dgate)
+        dpooled = torch.empty_like(kept.pooled)
+        grads = tuple(None if one is None else torch.empty_like(one) for one in mlp[3:])
+        given = (kept.pooled, mlp.first, mlp.second, kept.first, kept.hidden, kept.logits, dgate, dpooled, *grads)
+        self.library.functions["grad_mlp", torch.float32](*sizes, *map(_at, given))
+        return dpooled, grads
+
+    def _sizes(self, mlp: fused.Mlp, pooled: Tensor) -> tuple[int, int, int, int, int] | None:
+        """Pools, batch, channels, hidden width and threads of an MLP that is computed here; None where it is not."""
+        pools, batch, channels = pooled.shape
+        width = len(mlp.first)
+        products = width * pooled.numel()
+        small = products <= FEW_PRODUCTS and mlp.activation == "relu" and mlp.gate == "sigmoid"
+        if not small or any(one is not None and not _ready(one) for one in mlp[3:]):
+            return None
+        return pools, batch, channels, width, threads_for(products)
 
     def summarise(self, x: Tensor, channel: Maybe) -> Tensor:
         """Means and maxima over channels (2, B, *spatial)."""

@@ -1333,29 +1333,104 @@ inline void gate_of(int threads, int64_t n, const float* logits, const Norm& nor
     });
 }
 
-// sum of products of two rows
-inline float dot(const float* x, const float* y, int64_t n) {
-    Vec s = splat(0.f);
-    for (int64_t i = 0; i < n; i += W) s += load_some(x + i, n - i) * load_some(y + i, n - i);
-    return sum_of(s);
+// sums of products of a row with each of R others
+template <int R>
+inline void dots(const float* x, const float* rows, int64_t stride, int64_t n, float* found) {
+    Vec s[R];
+    for (int r = 0; r < R; ++r) s[r] = splat(0.f);
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+        const Vec v = load(x + i);
+        for (int r = 0; r < R; ++r) s[r] += v * load(rows + r * stride + i);
+    }
+    if (i < n) {
+        const Vec v = load_some(x + i, n - i);
+        for (int r = 0; r < R; ++r) s[r] += v * load_some(rows + r * stride + i, n - i);
+    }
+    for (int r = 0; r < R; ++r) found[r] = sum_of(s[r]);
+}
+// out[r] = sum of products of x with each of some rows
+inline void all_dots(const float* x, const float* rows, int64_t count, int64_t n, float* out) {
+    int64_t r = 0;
+    for (; r + 4 <= count; r += 4) dots<4>(x, rows + r * n, n, n, out + r);
+    for (; r < count; ++r) dots<1>(x, rows + r * n, n, n, out + r);
+}
+// a row vector times a matrix of some rows of n: the elements of the vector are `stride` apart
+inline void row_times(const float* a, int64_t stride, const float* matrix, int64_t rows, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; i += 4 * W) {
+        Vec s[4] = {splat(0.f), splat(0.f), splat(0.f), splat(0.f)};
+        const int64_t left = n - i;
+        for (int64_t k = 0; k < rows; ++k) {
+            const Vec v = splat(a[k * stride]);
+            const float* from = matrix + k * n + i;
+            if (left >= 4 * W)
+                for (int b = 0; b < 4; ++b) s[b] += v * load(from + b * W);
+            else
+                for (int64_t b = 0; b * W < left; ++b) s[b] += v * load_some(from + b * W, left - b * W);
+        }
+        for (int64_t b = 0; b < 4 && b * W < left; ++b) store_some(out + i + b * W, s[b], left - b * W);
+    }
 }
 
 // A small MLP on its own, where calling for matrix products would take longer than they do: of poolings (pools, B, C) to
 // first = weight * pooled + bias (pools, B, hidden), hidden = sum of relu(first) (B, hidden), logits and their sigmoid
 struct Layer { const float *weight, *bias; };
-inline void mlp(int64_t pools, int64_t b, int64_t c, int64_t width, const float* pooled, const Layer& one, const Layer& two,
-                float* first, float* hidden, float* logits, float* gate) {
-    std::fill(hidden, hidden + b * width, 0.f);
-    for (int64_t row = 0; row < pools * b; ++row)
-        for (int64_t h = 0; h < width; ++h) {
-            const float v = dot(pooled + row * c, one.weight + h * c, c) + (one.bias ? one.bias[h] : 0.f);
-            first[row * width + h] = v;
-            hidden[row % b * width + h] += v < 0 ? 0 : v;
+struct Sizes { int64_t pools, b, c, width; int threads; };
+inline void mlp(const Sizes& z, const float* pooled, const Layer& one, const Layer& two, float* first, float* hidden, float* logits,
+                float* gate) {
+    const int64_t rows = z.pools * z.b;
+    parallel(z.threads, rows, [&](int64_t row) {
+        float* to = first + row * z.width;
+        all_dots(pooled + row * z.c, one.weight, z.width, z.c, to);
+        for (int64_t h = 0; h < z.width && one.bias; ++h) to[h] += one.bias[h];
+    });
+    parallel(z.threads, z.b, [&](int64_t sample) {
+        float *sum = hidden + sample * z.width, *out = logits + sample * z.c, *g = gate + sample * z.c;
+        std::fill(sum, sum + z.width, 0.f);
+        for (int64_t row = sample; row < rows; row += z.b)
+            for (int64_t h = 0; h < z.width; ++h) { const float v = first[row * z.width + h]; sum[h] += v < 0 ? 0 : v; }
+        all_dots(sum, two.weight, z.c, z.width, out);
+        for (int64_t j = 0; j < z.c && two.bias; ++j) out[j] += float(z.pools) * two.bias[j];
+        for (int64_t i = 0; i < z.c; i += W) store_some(g + i, sigmoid_of(load_some(out + i, z.c - i)), z.c - i);
+    });
+}
+
+// from the gradient of the gate (B, C) those of the poolings and of both layers, whose biases may be absent
+struct GradLayer { float *weight, *bias; };
+inline void grad_mlp(const Sizes& z, const float* pooled, const float* weight, const float* second, const float* first,
+                     const float* hidden, const float* logits, const float* dgate, float* dpooled, const GradLayer& one,
+                     const GradLayer& two) {
+    const int64_t rows = z.pools * z.b;
+    std::vector<float> dlogits(size_t(z.b * z.c)), dfirst(size_t(rows * z.width));
+    parallel(z.threads, z.b, [&](int64_t sample) {
+        float* d = &dlogits[sample * z.c];
+        for (int64_t i = 0; i < z.c; i += W) {
+            const Vec g = sigmoid_of(load_some(logits + sample * z.c + i, z.c - i));
+            store_some(d + i, load_some(dgate + sample * z.c + i, z.c - i) * (splat(1.f) - g) * g, z.c - i);
         }
-    for (int64_t sample = 0; sample < b; ++sample)
-        for (int64_t j = 0; j < c; ++j)
-            logits[sample * c + j] = dot(hidden + sample * width, two.weight + j * width, width) + (two.bias ? float(pools) * two.bias[j] : 0.f);
-    for (int64_t i = 0; i < b * c; i += W) store_some(gate + i, sigmoid_of(load_some(logits + i, b * c - i)), b * c - i);
+        std::vector<float> dhidden(size_t(z.width));
+        row_times(d, 1, second, z.c, z.width, dhidden.data());
+        for (int64_t row = sample; row < rows; row += z.b)
+            for (int64_t h = 0; h < z.width; ++h) {
+                // as torch: nothing passes what is not above zero, but NaN is passed
+                const int64_t at = row * z.width + h;
+                dfirst[at] = first[at] <= 0 ? 0.f : dhidden[h];
+            }
+    });
+    parallel(z.threads, rows, [&](int64_t row) { row_times(&dfirst[row * z.width], 1, weight, z.width, z.c, dpooled + row * z.c); });
+    parallel(z.threads, z.width, [&](int64_t h) {
+        row_times(&dfirst[h], z.width, pooled, rows, z.c, one.weight + h * z.c);
+        if (!one.bias) return;
+        one.bias[h] = 0;
+        for (int64_t row = 0; row < rows; ++row) one.bias[h] += dfirst[row * z.width + h];
+    });
+    parallel(z.threads, z.c, [&](int64_t j) {
+        row_times(&dlogits[j], z.c, hidden, z.b, z.width, two.weight + j * z.width);
+        if (!two.bias) return;
+        float sum = 0;
+        for (int64_t sample = 0; sample < z.b; ++sample) sum += dlogits[sample * z.c + j];
+        two.bias[j] = float(z.pools) * sum;
+    });
 }
 
 // gradients of logits, and of norm and strength into sums: weight, bias, strength

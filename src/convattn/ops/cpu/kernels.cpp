@@ -211,10 +211,17 @@ EXPORT void convattn_grad_gate(LOGITS, const float* dgate, float* dlogits, float
     PATH(grad_gate_of(threads, n, logits, Norm{weight, bias, mean, var, eps}, training != 0, strength, dgate, dlogits, sums))
 }
 
-EXPORT void convattn_mlp(int64_t pools, int64_t b, int64_t c, int64_t width, const float* pooled, const float* weight,
-                         const float* bias, const float* second, const float* second_bias, float* first, float* hidden,
-                         float* logits, float* gate) {
-    PATH(mlp(pools, b, c, width, pooled, Layer{weight, bias}, Layer{second, second_bias}, first, hidden, logits, gate))
+// a small MLP, forward and backward
+#define SIZES int64_t pools, int64_t b, int64_t c, int64_t width, int threads
+EXPORT void convattn_mlp(SIZES, const float* pooled, const float* weight, const float* bias, const float* second,
+                         const float* second_bias, float* first, float* hidden, float* logits, float* gate) {
+    PATH(mlp(Sizes{pools, b, c, width, threads}, pooled, Layer{weight, bias}, Layer{second, second_bias}, first, hidden, logits, gate))
+}
+EXPORT void convattn_grad_mlp(SIZES, const float* pooled, const float* weight, const float* second, const float* first,
+                              const float* hidden, const float* logits, const float* dgate, float* dpooled, float* dweight,
+                              float* dbias, float* dsecond, float* dsecond_bias) {
+    PATH(grad_mlp(Sizes{pools, b, c, width, threads}, pooled, weight, second, first, hidden, logits, dgate, dpooled,
+                  GradLayer{dweight, dbias}, GradLayer{dsecond, dsecond_bias}))
 }
 
 }  // extern "C"

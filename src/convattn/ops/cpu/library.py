@@ -25,7 +25,8 @@ ON_SMALL = {
     "grad_conv": "lllll" + "i*****",
     "gate": "liif" + "******" + "*",
     "grad_gate": "liif" + "******" + "***",
-    "mlp": "llll" + "*" * 9,
+    "mlp": "lllli" + "*" * 9,
+    "grad_mlp": "lllli" + "*" * 12,
 }
 TYPES: dict[str, Any] = {
     "*": ctypes.c_void_p,
@@ -38,7 +39,7 @@ SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 # below so many elements a second thread costs more than it saves
 FEW = 1 << 15
 # and so many multiply-adds of an MLP take less time than asking PyTorch for matrix products
-FEW_PRODUCTS = 1 << 14
+FEW_PRODUCTS = 1 << 20
 
 
 class Library:

@@ -56,6 +56,10 @@ class Kernels:
         """The channel gate (B, C) of poolings, and what is kept."""
         return fused.mlp(mlp, pooled)
 
+    def grad_mlp(self, mlp: fused.Mlp, kept: fused.Kept, dgate: Tensor) -> tuple[Tensor, tuple[Maybe, ...]]:
+        """Gradients of the poolings, and of the weights and biases."""
+        return fused.grad_mlp(mlp, kept, dgate)
+
     def summarise(self, x: Tensor, channel: Maybe) -> Tensor:
         """Means and maxima over channels (2, B, *spatial)."""
         found = self._small(2, self.batch, *self.positions, like=x)
