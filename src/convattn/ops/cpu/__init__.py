@@ -98,17 +98,11 @@ class Kernels:
         if sizes is None:
             return fused.mlp(mlp, pooled)
         pools, batch, channels, width, _ = sizes
-        # in one piece: behind the first layer, hidden, logits, and gate
-        lengths = (pools * batch * width, batch * width, batch * channels, batch * channels)
-        found = torch.empty(sum(lengths))
-        at = found.data_ptr()
-        pointers = [at + 4 * sum(lengths[:place]) for place in range(4)]
-        self.library.functions["mlp", torch.float32](*sizes, pooled.data_ptr(), *map(_at, mlp[3:]), *pointers)
-        first, hidden, logits, gate = found.split(lengths)  # type: ignore[no-untyped-call]
-        kept = fused.Kept(
-            pooled, first.view(pools, batch, width), hidden.view(batch, width), logits.view(batch, channels)
-        )
-        return gate.view(batch, channels), kept
+        first, hidden = torch.empty((pools, batch, width)), torch.empty((batch, width))
+        logits, gate = torch.empty((batch, channels)), torch.empty((batch, channels))
+        pointers = map(_at, (pooled, *mlp[3:], first, hidden, logits, gate))
+        self.library.functions["mlp", torch.float32](*sizes, *pointers)
+        return gate, fused.Kept(pooled, first, hidden, logits)
 
     def grad_mlp(self, mlp: fused.Mlp, kept: fused.Kept, dgate: Tensor) -> tuple[Tensor, tuple[Maybe, ...]]:
         """Gradients of the poolings, and of the weights and biases."""
