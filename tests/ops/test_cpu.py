@@ -2,6 +2,7 @@
 
 import copy
 import multiprocessing
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -565,3 +566,50 @@ def test_layers_of_ones_own_are_used(change: Callable[[CBAM], None]) -> None:
     with ops.use("reference"):
         expected = copy.deepcopy(module)(x)
     assert torch.equal(module(x), expected)
+
+
+def memory_gb() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(memory_gb() < 20, reason="it takes 14 GB of memory")
+@pytest.mark.parametrize("last", [False, True])
+def test_more_elements_than_32_bits_count(last: bool, only_fused: None) -> None:
+    channels, side = 300, 2700
+    x = torch.zeros(1, channels, side, side, dtype=torch.bfloat16)
+    if last:
+        x = torch.zeros(1, side, side, channels, dtype=torch.bfloat16).movedim(-1, 1)
+    assert x.numel() > 2**31
+    x[0, -2:] = torch.randn(2, side, side)
+    x[0, :, -1, -1] = torch.randn(channels)
+    module = built("cbam", channels).eval()
+    module.channel.fc1.weight.data.mul_(0.1)
+    # the poolings, the summary and the product, one channel after the other
+    pooled = [torch.stack([x[0, c].float().mean() for c in range(channels)])[None], x.amax((2, 3)).float()]
+    channel = module.channel.of_pools(pooled)[0]
+    total, top = torch.zeros(side, side), torch.full((side, side), -torch.inf)
+    for c in range(channels):
+        gated = x[0, c].float() * channel[c]
+        total, top = total + gated, torch.maximum(top, gated)
+    spatial = module.spatial.of_summary(torch.stack([total / channels, top])[None])[0, 0]
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        y = module(x)
+    for c in (0, channels - 2, channels - 1):
+        assert_close(y[0, c], (x[0, c].float() * channel[c] * spatial).detach().bfloat16())
+    assert y[0, -1, -1, -1] != 0
+    del y
+    # the gradient, of a gate that is the same everywhere in a channel
+    se = built("se", channels)
+    se.fc1.weight.data.mul_(0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = se(x.requires_grad_())
+    (found,) = torch.autograd.grad(y, x, x.detach())
+    del y
+    leaf = pooled[0].clone().requires_grad_()
+    gate = se._excite([leaf])
+    dgate = torch.stack([x[0, c].detach().float().square().sum() for c in range(channels)])[None]
+    (dpooled,) = torch.autograd.grad(gate, leaf, dgate)
+    for c in (0, channels - 2, channels - 1):
+        expected = x[0, c].detach().float() * gate[0, c] + dpooled[0, c] / side**2
+        assert_close(found[0, c], expected.detach().bfloat16())

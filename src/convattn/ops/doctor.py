@@ -12,6 +12,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # read by PyTorch when it starts
 PAGES = "THP_MEM_ALLOC_ENABLE"
 THREADS = "OMP_NUM_THREADS"
+WAITING = "OMP_WAIT_POLICY"
 
 
 def status() -> list[tuple[str, str]]:
@@ -19,9 +20,11 @@ def status() -> list[tuple[str, str]]:
     return [
         ("PyTorch", torch.__version__),
         ("asked for", backends.asked() or f"nothing: each map gets the fastest that serves it ({backends.VARIABLE})"),
-        ("reference", "plain PyTorch: serves everything, and what torch.compile and torch.export see"),
+        ("reference", "plain PyTorch: serves everything, and is what torch.export sees"),
         ("cpu", _cpu()),
         *((f"  {str(dtype).removeprefix('torch.')}", _served(dtype)) for dtype in DTYPES),
+        ("  batch norms", _norms()),
+        ("  torch.compile", _compiled()),
         ("threads", _threads()),
         ("large pages", _pages()),
         ("CUDA", _cuda()),
@@ -41,13 +44,29 @@ def _served(dtype: torch.dtype) -> str:
     return "served by cpu" if why is None else f"served by reference, since cpu is not: {why}"
 
 
+def _norms() -> str:
+    if library.LOADED is None:
+        return "run by themselves"
+    return (
+        "one straight before an attached gate rides along in its passes, and no map is kept but its input; not while "
+        "the gate's strength is 0, so that nothing changes to the bit"
+    )
+
+
+def _compiled() -> str:
+    if library.LOADED is None:
+        return "compiles all of it itself"
+    return "calls convattn::gated for gates with a spatial half on channels-first maps, and compiles the rest itself"
+
+
 def _threads() -> str:
     found = library.LOADED
     shared = (
         "" if found is None or found.has_threads else "; the fused operators use one, since PyTorch's were not found"
     )
     given = os.environ.get(THREADS)
-    return f"{torch.get_num_threads()} ({THREADS}{f'={given}' if given else ' is not set'}){shared}"
+    asleep = "" if os.environ.get(WAITING, "").upper() != "PASSIVE" else f"; {WAITING}=PASSIVE slows small maps down"
+    return f"{torch.get_num_threads()} ({THREADS}{f'={given}' if given else ' is not set'}){shared}{asleep}"
 
 
 def _pages() -> str:
@@ -57,7 +76,7 @@ def _pages() -> str:
         )
     return (
         f"off: on Linux, {PAGES}=1 before Python starts makes all that works on maps above 32 MB faster, since fresh "
-        f"pages cost more than the work"
+        f"pages cost more than the work (the fused operators ask for large pages themselves, for what they return)"
     )
 
 
