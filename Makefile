@@ -29,7 +29,7 @@ sweep: $(INSTALLED)
 wheel: $(INSTALLED)
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
-$(INSTALLED): pyproject.toml constraints.txt setup.py src/convattn/ops/cpu/kernels.cpp src/convattn/ops/cpu/body.h
+$(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard src/convattn/ops/cpu/*.h src/convattn/ops/cpu/*.cpp)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all,dev]"
 	touch $@

@@ -1,6 +1,7 @@
 """The part of the build that pyproject.toml cannot say: a library of C++, which the package does without if need be."""
 
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 
@@ -12,7 +13,7 @@ setup(
         Extension(
             "convattn.ops.cpu._kernels",
             sources=["src/convattn/ops/cpu/kernels.cpp"],
-            depends=["src/convattn/ops/cpu/body.h"],
+            depends=sorted(str(path) for path in Path("src/convattn/ops/cpu").glob("*.h")),
             extra_compile_args=GCC if sys.platform != "win32" else ["/std:c++17", "/O2"],
             # installed without where there is no compiler, or one that does not take it
             optional=True,

@@ -15,6 +15,7 @@ from convattn import ops
 from convattn.errors import BackendUnavailable
 from convattn.nn import CBAM, ChannelAttention, SpatialAttention, SqueezeExcite
 from convattn.ops import cuda, fused, reference
+from convattn.ops.gates import Gates
 from gradients_by_name import check, gradients, truth
 from tolerances import assert_close
 
@@ -41,8 +42,8 @@ def built(name: str, channels: int, dimensions: int = 2) -> nn.Module:
     return module.to(DEVICE)
 
 
-def described(module: nn.Module) -> fused.Gates:
-    taken: list[fused.Gates] = []
+def described(module: nn.Module) -> Gates:
+    taken: list[Gates] = []
     with pytest.MonkeyPatch.context() as patched:
         original = ops.gated
         patched.setattr(ops, "gated", lambda *given, **more: taken.append(more["gates"]) or original(*given, **more))

@@ -11,6 +11,7 @@ from convattn import ops
 from convattn.nn import CBAM, ChannelAttention, SpatialAttention, SqueezeExcite
 from convattn.ops import fused, operators
 from convattn.ops.cpu import library
+from convattn.ops.gates import Gates
 from tolerances import assert_close
 
 pytestmark = pytest.mark.skipif(library.why_not() is not None, reason=f"no fused operators: {library.why_not()}")
@@ -24,7 +25,7 @@ BUILDS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def gates_of(module: nn.Module) -> fused.Gates:
+def gates_of(module: nn.Module) -> Gates:
     if isinstance(module, SpatialAttention):
         return ops.Gates(None, module.window())
     if isinstance(module, ChannelAttention):

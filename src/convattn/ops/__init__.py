@@ -6,7 +6,7 @@
 import torch.fx
 
 from convattn.ops.backends import choice, gated, mean_max, normed, takes_norms, use
-from convattn.ops.fused import Gates, Mlp, Norm, Window
+from convattn.ops.gates import Gates, Mlp, Norm, Window
 from convattn.ops.reference import POOLS, apply_gate, blend, broadcast, spatial_summary, squeeze
 
 # the number of dimensions is unknown to a symbolic trace

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from convattn.errors import BackendUnavailable, InvalidOption
 from convattn.ops import cpu, cuda, fused, operators, reference
 from convattn.ops.cpu import library
+from convattn.ops.gates import Gates, Norm
 
 # for whoever wants the other one everywhere
 VARIABLE = "CONVATTN_BACKEND"
@@ -101,7 +102,7 @@ def gated(
     parallel: bool = False,
     dimensions: int = 2,
     shortcut: torch.Tensor | None = None,
-    gates: fused.Gates | None = None,
+    gates: Gates | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A map times a channel gate, times a spatial gate: see `reference.gated`, the truth of every backend.
 
@@ -127,7 +128,7 @@ def takes_norms(u: torch.Tensor) -> bool:
 
 
 def normed(
-    u: torch.Tensor, norm: fused.Norm, gates: fused.Gates, strength: torch.Tensor | None
+    u: torch.Tensor, norm: Norm, gates: Gates, strength: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor] | None:
     """The gated map of norm(u) without that map ever lying in memory; None where types forbid it.
 
@@ -152,7 +153,7 @@ def _mean_max(x: torch.Tensor) -> torch.Tensor:
     return reference.mean_max(x) if backend == REFERENCE else fused.mean_max(_PLACES[backend].Kernels, x)
 
 
-def _better_than_compiled(x: torch.Tensor, gates: fused.Gates) -> bool:
+def _better_than_compiled(x: torch.Tensor, gates: Gates) -> bool:
     """Whether a compiler is to call the fused operators: it is slower itself where maxima over channels are far apart.
 
     Whatever is exported has to run without this package.
@@ -169,7 +170,7 @@ def _better_than_compiled(x: torch.Tensor, gates: fused.Gates) -> bool:
     )
 
 
-def _alike(x: torch.Tensor, gates: fused.Gates) -> bool:
+def _alike(x: torch.Tensor, gates: Gates) -> bool:
     """Whether map and gates are of one type, or mixed precision is on purpose: else PyTorch has to object."""
     dtype = x.dtype
     return all(one is None or one.dtype is dtype for one in gates.tensors()) or torch.is_autocast_enabled(x.device.type)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from convattn.ops import cpu, fused
+from convattn.ops.gates import Gates, Kept, Mlp, Window
 
 Tensor = torch.Tensor
 Maybe = Any
@@ -35,7 +36,7 @@ def gated(
     eps: float,
     parallel: bool,
 ) -> list[Tensor]:
-    """The gated map, mean and variance of the logits in training, and `fused.Kept`."""
+    """The gated map, mean and variance of the logits in training, and `gates.Kept`."""
     tensors = (first, first_bias, second, second_bias, weight, norm_weight, norm_bias)
     gates = _gates(tensors, (mean, var), pools, activation, gate, training, eps, parallel)
     x = fused.dense(x)
@@ -58,7 +59,7 @@ def _(x: Tensor, strength: Maybe, shortcut: Maybe, first: Maybe, *rest: Any) -> 
     if weight is not None:
         shapes |= {"planes": (2, batch, *spatial)} | dict.fromkeys(("window", "spatial"), (batch, *spatial))
     moments = (2,) if training and mean is not None else nothing
-    small = [moments, *(shapes.get(name, nothing) for name in fused.Kept._fields)]
+    small = [moments, *(shapes.get(name, nothing) for name in Kept._fields)]
     return [torch.empty_like(x), *(x.new_empty(shape, dtype=torch.float32) for shape in small)]
 
 
@@ -93,7 +94,7 @@ def gated_backward(
     dy = fused.like(dy, x)
     if y is not None:
         dy = torch.ops.aten.threshold_backward(dy, fused.like(y, x), 0)
-    found = fused.Kept(*(one if one.numel() else None for one in kept))
+    found = Kept(*(one if one.numel() else None for one in kept))
     with torch.no_grad():
         dx, dstrength, grads = fused.backward(cpu.Kernels(x), x, dy, gates, strength, found, needs_map)
     every = [dx, dy if y is not None else None, dstrength if strength is not None else None, *grads]
@@ -129,7 +130,7 @@ def _gradient(ctx: Any, grads: list[Maybe]) -> tuple[Any, ...]:
 gated.register_autograd(_gradient, setup_context=_kept)
 
 
-def call(x: Tensor, gates: fused.Gates, strength: Maybe, shortcut: Maybe) -> tuple[Tensor, Maybe]:
+def call(x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe) -> tuple[Tensor, Maybe]:
     """What `fused.gated` computes, as an operator."""
     mlp, window = gates.channel, gates.spatial
     options = (",".join(mlp.pools) if mlp else "", mlp.activation if mlp else "", mlp.gate if mlp else "")
@@ -149,10 +150,10 @@ def _gates(
     training: bool,
     eps: float,
     parallel: bool,
-) -> fused.Gates:
-    mlp = fused.Mlp(tuple(pools.split(",")), activation, gate, *tensors[:4]) if tensors[0] is not None else None
-    window = fused.Window._make((*tensors[4:], *running, training, eps)) if tensors[4] is not None else None
-    return fused.Gates(mlp, window, parallel)
+) -> Gates:
+    mlp = Mlp(tuple(pools.split(",")), activation, gate, *tensors[:4]) if tensors[0] is not None else None
+    window = Window._make((*tensors[4:], *running, training, eps)) if tensors[4] is not None else None
+    return Gates(mlp, window, parallel)
 
 
 def _present(one: Maybe) -> Tensor:

@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 
-from convattn.ops import fused
+from convattn.ops import between
 from convattn.ops.cpu.library import FEW_PRODUCTS, SUFFIXES, loaded, threads_for, why_not
+from convattn.ops.gates import Kept, Mlp, Norm, Normed, Window, convolve
 
 Tensor = torch.Tensor
 Maybe = Any
@@ -29,7 +30,7 @@ def why_not_for(x: Tensor) -> str | None:
 
 
 class Kernels:
-    """See `fused.Kernels`."""
+    """See `gates.Kernels`."""
 
     def __init__(self, x: Tensor) -> None:
         self.library = loaded()
@@ -48,7 +49,7 @@ class Kernels:
         # where a norm rides along, its four numbers for each channel
         self.norm: int | None = None
 
-    def normalise(self, x: Tensor, norm: fused.Norm) -> tuple[Tensor, fused.Normed]:
+    def normalise(self, x: Tensor, norm: Norm) -> tuple[Tensor, Normed]:
         """Means and maxima over positions of the map behind a norm (2, B, C), and what is kept."""
         batch, channels, count = self.shape[:3]
         small = torch.empty((7, batch, channels))
@@ -77,11 +78,11 @@ class Kernels:
             pooled,
             top,
         )
-        kept = fused.Normed(affine, moments, small[4])
+        kept = Normed(affine, moments, small[4])
         self.restore(kept)
         return small[5:], kept
 
-    def restore(self, kept: fused.Normed) -> None:
+    def restore(self, kept: Normed) -> None:
         """Let a norm ride along in all that follows."""
         self.norm = kept.affine.data_ptr()
 
@@ -92,30 +93,30 @@ class Kernels:
         self._call("pool", x.data_ptr(), at, at + 4 * self.batch * self.channels if maximum else None)
         return found if mean and maximum else found[:1] if mean else found[1:]
 
-    def mlp(self, mlp: fused.Mlp, pooled: Tensor) -> tuple[Tensor, fused.Kept]:
+    def mlp(self, mlp: Mlp, pooled: Tensor) -> tuple[Tensor, Kept]:
         """The channel gate (B, C) of poolings, and what is kept."""
         sizes = self._sizes(mlp, pooled)
         if sizes is None:
-            return fused.mlp(mlp, pooled)
+            return between.mlp(mlp, pooled)
         pools, batch, channels, width, _ = sizes
         first, hidden = torch.empty((pools, batch, width)), torch.empty((batch, width))
         logits, gate = torch.empty((batch, channels)), torch.empty((batch, channels))
         pointers = map(_at, (pooled, *mlp[3:], first, hidden, logits, gate))
         self.library.functions["mlp", torch.float32](*sizes, *pointers)
-        return gate, fused.Kept(pooled, first, hidden, logits)
+        return gate, Kept(pooled, first, hidden, logits)
 
-    def grad_mlp(self, mlp: fused.Mlp, kept: fused.Kept, dgate: Tensor) -> tuple[Tensor, tuple[Maybe, ...]]:
+    def grad_mlp(self, mlp: Mlp, kept: Kept, dgate: Tensor) -> tuple[Tensor, tuple[Maybe, ...]]:
         """Gradients of the poolings, and of the weights and biases."""
         sizes = self._sizes(mlp, kept.pooled)
         if sizes is None:
-            return fused.grad_mlp(mlp, kept, dgate)
+            return between.grad_mlp(mlp, kept, dgate)
         dpooled = torch.empty_like(kept.pooled)
         grads = tuple(None if one is None else torch.empty_like(one) for one in mlp[3:])
         given = (kept.pooled, mlp.first, mlp.second, kept.first, kept.hidden, kept.logits, dgate, dpooled, *grads)
         self.library.functions["grad_mlp", torch.float32](*sizes, *map(_at, given))
         return dpooled, grads
 
-    def _sizes(self, mlp: fused.Mlp, pooled: Tensor) -> tuple[int, int, int, int, int] | None:
+    def _sizes(self, mlp: Mlp, pooled: Tensor) -> tuple[int, int, int, int, int] | None:
         """Pools, batch, channels, hidden width and threads of an MLP that is computed here; None where it is not."""
         pools, batch, channels = pooled.shape
         width = len(mlp.first)
@@ -188,21 +189,21 @@ class Kernels:
         self._call("grad_input", x.data_ptr(), dy, self.norm, *others)
         return dx
 
-    def window(self, planes: Tensor, window: fused.Window, strength: Maybe) -> tuple[Tensor, Tensor, Maybe]:
+    def window(self, planes: Tensor, window: Window, strength: Maybe) -> tuple[Tensor, Tensor, Maybe]:
         """The spatial gate, the logits behind the convolution, and their moments in training."""
         weight = _small(window.weight)
         logits = torch.empty(planes.shape[1:], dtype=torch.float32)
         if self._in_plane(weight):
             self._convolve("conv", planes.data_ptr(), weight.data_ptr(), logits.data_ptr(), weight=weight)
         else:
-            logits = fused.convolve(planes.transpose(0, 1), weight).view(logits.shape)
+            logits = convolve(planes.transpose(0, 1), weight).view(logits.shape)
         moments = torch.empty(2) if window.training and window.mean is not None else None
         gate = torch.empty_like(logits)
         self._gate("gate", logits, window, moments, strength, gate.data_ptr())
         return gate, logits, moments
 
     def grad_window(
-        self, planes: Tensor, window: fused.Window, strength: Maybe, kept: fused.Kept, dgate: Tensor
+        self, planes: Tensor, window: Window, strength: Maybe, kept: Kept, dgate: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the planes, of the weight, and of norm weight, norm bias and strength together (3)."""
         sums, dlogits = torch.empty(3), torch.empty_like(dgate)
@@ -214,7 +215,7 @@ class Kernels:
             found = (planes.data_ptr(), weight.data_ptr(), dlogits.data_ptr(), dplanes.data_ptr(), dweight.data_ptr())
             self._convolve("grad_conv", *found, weight=weight)
             return dplanes, dweight, sums
-        return *fused.grad_convolve(planes, weight, dlogits), sums
+        return *between.grad_convolve(planes, weight, dlogits), sums
 
     def _call(self, name: str, *arguments: Any) -> None:
         self.library.functions[name, self.dtype](*self.shape, *arguments)
@@ -229,9 +230,7 @@ class Kernels:
         threads = threads_for(self.batch * self.shape[2] * weight.numel() // 16)
         self.library.functions[name, torch.float32](self.batch, *sizes, *window, threads, *pointers)
 
-    def _gate(
-        self, name: str, logits: Tensor, window: fused.Window, moments: Maybe, strength: Maybe, *pointers: int
-    ) -> None:
+    def _gate(self, name: str, logits: Tensor, window: Window, moments: Maybe, strength: Maybe, *pointers: int) -> None:
         # what is made here lives until the call is over
         small = [_small(one) for one in (*window[1:5], strength)]
         weight, bias, mean, var, given = map(_at, small)

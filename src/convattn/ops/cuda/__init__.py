@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from convattn.ops import fused
+from convattn.ops import between
+from convattn.ops.gates import Kept, Mlp, Window
 
 Tensor = torch.Tensor
 Maybe = Any
@@ -30,7 +31,7 @@ def why_not_for(x: Tensor) -> str | None:
 
 
 class Kernels:
-    """See `fused.Kernels`. Where maxima are is asked of the map again; what is kept is in how many places each is."""
+    """See `gates.Kernels`. Where maxima are is asked of the map again; what is kept is in how many places each is."""
 
     def __init__(self, x: Tensor) -> None:
         # imported where it is needed: it takes time, and is not there for every system
@@ -52,13 +53,13 @@ class Kernels:
         self.kernels.pool[self.blocks_c, self.batch](x, found[0], found[1], *self.shape, **self.sides)
         return found if mean and maximum else found[:1] if mean else found[1:]
 
-    def mlp(self, mlp: fused.Mlp, pooled: Tensor) -> tuple[Tensor, fused.Kept]:
+    def mlp(self, mlp: Mlp, pooled: Tensor) -> tuple[Tensor, Kept]:
         """The channel gate (B, C) of poolings, and what is kept."""
-        return fused.mlp(mlp, pooled)
+        return between.mlp(mlp, pooled)
 
-    def grad_mlp(self, mlp: fused.Mlp, kept: fused.Kept, dgate: Tensor) -> tuple[Tensor, tuple[Maybe, ...]]:
+    def grad_mlp(self, mlp: Mlp, kept: Kept, dgate: Tensor) -> tuple[Tensor, tuple[Maybe, ...]]:
         """Gradients of the poolings, and of the weights and biases."""
-        return fused.grad_mlp(mlp, kept, dgate)
+        return between.grad_mlp(mlp, kept, dgate)
 
     def summarise(self, x: Tensor, channel: Maybe) -> Tensor:
         """Means and maxima over channels (2, B, *spatial)."""
@@ -138,15 +139,15 @@ class Kernels:
         self.kernels.grad_input[self.blocks_n, self.blocks_c, self.batch](*given, *self.shape, **there, **self.sides)
         return dx
 
-    def window(self, planes: Tensor, window: fused.Window, strength: Maybe) -> tuple[Tensor, Tensor, Maybe]:
+    def window(self, planes: Tensor, window: Window, strength: Maybe) -> tuple[Tensor, Tensor, Maybe]:
         """The spatial gate, the logits behind the convolution, and their moments in training."""
-        return fused.window(planes, window, strength)
+        return between.window(planes, window, strength)
 
     def grad_window(
-        self, planes: Tensor, window: fused.Window, strength: Maybe, kept: fused.Kept, dgate: Tensor
+        self, planes: Tensor, window: Window, strength: Maybe, kept: Kept, dgate: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the planes, of the weight, and of norm weight, norm bias and strength together (3)."""
-        return fused.grad_window(planes, window, strength, kept, dgate)
+        return between.grad_window(planes, window, strength, kept, dgate)
 
     def _small(self, *sizes: int, like: Tensor) -> Tensor:
         return torch.empty(sizes, dtype=torch.float32, device=like.device)

@@ -1,0 +1,314 @@
+// What lies between the passes over a map: a convolution, norms and gates, and a small MLP; included by body.h.
+
+// The convolution between summary and gate: two channels to one, an odd window, zeros around; and norm and sigmoid behind it.
+
+struct Plane { int64_t b, h, w, kh, kw; int threads; };
+
+// what the windows of some rows of a plane see: zeros around it, and rows of a multiple of W and a window more
+struct Padded {
+    int64_t stride, top;
+    std::vector<float> values;
+    Padded(const Plane& p, const float* plane, int64_t begin, int64_t end)
+        : stride((p.w + W - 1) / W * W + p.kw + W), top(begin), values(size_t((end - begin + p.kh - 1) * stride), 0.f) {
+        const int64_t around = p.kh / 2;
+        for (int64_t y = std::max<int64_t>(0, begin - around); y < std::min(p.h, end + around); ++y)
+            std::memcpy(&values[(y - begin + around) * stride + p.kw / 2], plane + y * p.w, p.w * sizeof(float));
+    }
+    // the first row that the window of row y sees
+    const float* row(int64_t y) const { return &values[(y - top) * stride]; }
+};
+
+// rows of the sum of planes correlated with windows of kh x kw, each weight given once or `flipped`
+inline void correlate(const Padded* const* planes, int count, const float* weights, bool flipped, const Plane& p, int64_t begin,
+                      int64_t end, float* out) {
+    const int64_t w = p.w, kh = p.kh, kw = p.kw;
+    for (int64_t y = begin; y < end; ++y)
+        for (int64_t x = 0; x < w; x += 4 * W) {
+            Vec a[4] = {splat(0.f), splat(0.f), splat(0.f), splat(0.f)};
+            for (int plane = 0; plane < count; ++plane)
+                for (int64_t ky = 0; ky < kh; ++ky) {
+                    const float* row = planes[plane]->row(y + ky) + x;
+                    const float* line = weights + (plane * kh + (flipped ? kh - 1 - ky : ky)) * kw;
+                    const int64_t blocks = std::min<int64_t>(4, (w - x + W - 1) / W);
+                    if (blocks == 4)
+                        for (int64_t kx = 0; kx < kw; ++kx) {
+                            const Vec v = splat(line[flipped ? kw - 1 - kx : kx]);
+                            for (int b = 0; b < 4; ++b) a[b] += v * load(row + kx + b * W);
+                        }
+                    else
+                        for (int64_t kx = 0; kx < kw; ++kx) {
+                            const Vec v = splat(line[flipped ? kw - 1 - kx : kx]);
+                            for (int64_t b = 0; b < blocks; ++b) a[b] += v * load(row + kx + b * W);
+                        }
+                }
+            for (int b = 0; b < 4 && x + b * W < w; ++b) store_some(out + y * w + x + b * W, a[b], w - x - b * W);
+        }
+}
+
+// into how many parts of rows each sample is cut, so that there is work for every thread
+inline int64_t parts_of(const Plane& p) { return std::min<int64_t>(p.h, (p.threads + p.b - 1) / p.b); }
+
+// logits (B, H, W) of a summary (2, B, H, W)
+inline void conv(const Plane& p, const float* summary, const float* weight, float* out) {
+    const int64_t n = p.h * p.w, parts = parts_of(p);
+    parallel(p.threads, p.b * parts, [&](int64_t unit) {
+        const int64_t sample = unit / parts, part = unit % parts, begin = p.h * part / parts, end = p.h * (part + 1) / parts;
+        const Padded mean(p, summary + sample * n, begin, end), max(p, summary + (p.b + sample) * n, begin, end);
+        const Padded* planes[2] = {&mean, &max};
+        correlate(planes, 2, weight, false, p, begin, end, out + sample * n);
+    });
+}
+
+// gradients of the summary, (2, B, H, W), and of the weights, (2, kh, kw)
+inline void grad_conv(const Plane& p, const float* summary, const float* weight, const float* dout, float* dsummary,
+                      float* dweight) {
+    const int64_t n = p.h * p.w, kh = p.kh, kw = p.kw, size = 2 * kh * kw, parts = parts_of(p);
+    std::vector<double> partial(dweight ? size_t(p.b * parts * size) : 0, 0.0);
+    parallel(p.threads, p.b * parts, [&](int64_t unit) {
+        const int64_t sample = unit / parts, part = unit % parts, begin = p.h * part / parts, end = p.h * (part + 1) / parts;
+        const float* dy = dout + sample * n;
+        if (dsummary) {
+            const Padded padded(p, dy, begin, end);
+            const Padded* planes[1] = {&padded};
+            for (int c = 0; c < 2; ++c)
+                correlate(planes, 1, weight + c * kh * kw, true, p, begin, end, dsummary + (c * p.b + sample) * n);
+        }
+        if (!dweight) return;
+        std::vector<float> line(size_t((p.w + W - 1) / W * W), 0.f);
+        for (int c = 0; c < 2; ++c) {
+            const Padded padded(p, summary + (c * p.b + sample) * n, begin, end);
+            for (int64_t y = begin; y < end; ++y) {
+                std::memcpy(line.data(), dy + y * p.w, p.w * sizeof(float));
+                for (int64_t ky = 0; ky < kh; ++ky) {
+                    const float* row = padded.row(y + ky);
+                    double* found = &partial[unit * size + (c * kh + ky) * kw];
+                    for (int64_t kx = 0; kx < kw; kx += 4) {
+                        Vec a[4] = {splat(0.f), splat(0.f), splat(0.f), splat(0.f)};
+                        const int64_t many = std::min<int64_t>(4, kw - kx);
+                        if (many == 4)
+                            for (int64_t x = 0; x < p.w; x += W) {
+                                const Vec d = load(&line[x]);
+                                for (int i = 0; i < 4; ++i) a[i] += d * load(row + x + kx + i);
+                            }
+                        else
+                            for (int64_t x = 0; x < p.w; x += W) {
+                                const Vec d = load(&line[x]);
+                                for (int64_t i = 0; i < many; ++i) a[i] += d * load(row + x + kx + i);
+                            }
+                        for (int64_t i = 0; i < many; ++i) found[kx + i] += sum_of(a[i]);
+                    }
+                }
+            }
+        }
+    });
+    if (dweight)
+        for (int64_t i = 0; i < size; ++i) {
+            double total = 0;
+            for (int64_t unit = 0; unit < p.b * parts; ++unit) total += partial[unit * size + i];
+            dweight[i] = float(total);
+        }
+}
+
+// e to the power of each number, to two units in the last place
+inline Vec exp_of(Vec x) {
+    const Vec low = splat(-87.33654f), high = splat(88.72283f);
+    Vec bounded = x < low ? low : x;
+    bounded = bounded > high ? high : bounded;
+    // x = k ln 2 + r: the sum with this number is rounded to an integer
+    const Vec magic = splat(12582912.f);
+    const Vec k = (bounded * splat(1.44269504f) + magic) - magic;
+    const Vec r = (bounded - k * splat(0.693359375f)) + k * splat(2.12194440e-4f);
+    Vec p = splat(1 / 5040.f);
+    for (const float c : {1 / 720.f, 1 / 120.f, 1 / 24.f, 1 / 6.f, 0.5f, 1.f, 1.f}) p = p * r + splat(c);
+    // twice half the power: 2 to the 128 is no number in float32
+    const Int half = __builtin_convertvector(k, Int) >> 1, rest = __builtin_convertvector(k, Int) - half;
+    const Int one = (half + 127) << 23, other = (rest + 127) << 23;
+    Vec a, b; std::memcpy(&a, &one, sizeof a); std::memcpy(&b, &other, sizeof b);
+    p = p * a * b;
+    p = x < low ? splat(0.f) : p;
+    return x > high ? splat(std::numeric_limits<float>::infinity()) : p;
+}
+inline Vec sigmoid_of(Vec x) { return splat(1.f) / (splat(1.f) + exp_of(-x)); }
+
+// a norm over all positions of a batch: absent where mean is null
+struct Norm {
+    const float *weight, *bias, *mean, *var;
+    float eps;
+    float scale() const { return mean ? (weight ? *weight : 1.f) / std::sqrt(*var + eps) : 1.f; }
+    float shift() const { return mean ? (bias ? *bias : 0.f) - *mean * scale() : 0.f; }
+};
+
+// work(begin, end) for parts of n numbers; the parts are the same for any number of threads
+constexpr int64_t PART = 8192;
+template <class Work>
+inline void each_part(int threads, int64_t n, const Work& work) {
+    parallel(threads, units(n, PART), [&](int64_t part) { work(part, part * PART, std::min(n, (part + 1) * PART)); });
+}
+// mean and variance of logits, over all of them
+inline void moments(int threads, int64_t n, const float* logits, float* mean, float* var) {
+    std::vector<double> partial(size_t(units(n, PART)), 0.0);
+    auto total = [&](double around, bool squares) {
+        each_part(threads, n, [&](int64_t part, int64_t begin, int64_t end) {
+            double sum = 0;
+            for (int64_t i = begin; i < end; ++i) { const double d = logits[i] - around; sum += squares ? d * d : d; }
+            partial[part] = sum;
+        });
+        double sum = 0;
+        for (const double one : partial) sum += one;
+        return sum / double(n);
+    };
+    const double middle = total(0, false);
+    *mean = float(middle);
+    *var = float(total(middle, true));
+}
+
+// gate = 1 + strength * (sigmoid(norm(logits)) - 1), where the sigmoid is a number, and 1 elsewhere; without strength the
+// sigmoid itself
+inline void gate_of(int threads, int64_t n, const float* logits, const Norm& norm, const float* strength, float* gate) {
+    const Vec scale = splat(norm.scale()), shift = splat(norm.shift());
+    each_part(threads, n, [&](int64_t, int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i += W) {
+            Vec g = sigmoid_of(load_some(logits + i, end - i) * scale + shift);
+            if (strength) { g = g == g ? g - splat(1.f) : splat(0.f); g = splat(1.f) + splat(*strength) * g; }
+            store_some(gate + i, g, end - i);
+        }
+    });
+}
+
+// sums of products of a row with each of R others
+template <int R>
+inline void dots(const float* x, const float* rows, int64_t stride, int64_t n, float* found) {
+    Vec s[R];
+    for (int r = 0; r < R; ++r) s[r] = splat(0.f);
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+        const Vec v = load(x + i);
+        for (int r = 0; r < R; ++r) s[r] += v * load(rows + r * stride + i);
+    }
+    if (i < n) {
+        const Vec v = load_some(x + i, n - i);
+        for (int r = 0; r < R; ++r) s[r] += v * load_some(rows + r * stride + i, n - i);
+    }
+    for (int r = 0; r < R; ++r) found[r] = sum_of(s[r]);
+}
+// out[r] = sum of products of x with each of some rows
+inline void all_dots(const float* x, const float* rows, int64_t count, int64_t n, float* out) {
+    int64_t r = 0;
+    for (; r + 4 <= count; r += 4) dots<4>(x, rows + r * n, n, n, out + r);
+    for (; r < count; ++r) dots<1>(x, rows + r * n, n, n, out + r);
+}
+// a row vector times a matrix of some rows of n: the elements of the vector are `stride` apart
+inline void row_times(const float* a, int64_t stride, const float* matrix, int64_t rows, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; i += 4 * W) {
+        Vec s[4] = {splat(0.f), splat(0.f), splat(0.f), splat(0.f)};
+        const int64_t left = n - i;
+        for (int64_t k = 0; k < rows; ++k) {
+            const Vec v = splat(a[k * stride]);
+            const float* from = matrix + k * n + i;
+            if (left >= 4 * W)
+                for (int b = 0; b < 4; ++b) s[b] += v * load(from + b * W);
+            else
+                for (int64_t b = 0; b * W < left; ++b) s[b] += v * load_some(from + b * W, left - b * W);
+        }
+        for (int64_t b = 0; b < 4 && b * W < left; ++b) store_some(out + i + b * W, s[b], left - b * W);
+    }
+}
+
+// A small MLP on its own, where calling for matrix products would take longer than they do: of poolings (pools, B, C) to
+// first = weight * pooled + bias (pools, B, hidden), hidden = sum of relu(first) (B, hidden), logits and their sigmoid
+struct Layer { const float *weight, *bias; };
+struct Sizes { int64_t pools, b, c, width; int threads; };
+inline void mlp(const Sizes& z, const float* pooled, const Layer& one, const Layer& two, float* first, float* hidden, float* logits,
+                float* gate) {
+    const int64_t rows = z.pools * z.b;
+    parallel(z.threads, rows, [&](int64_t row) {
+        float* to = first + row * z.width;
+        all_dots(pooled + row * z.c, one.weight, z.width, z.c, to);
+        for (int64_t h = 0; h < z.width && one.bias; ++h) to[h] += one.bias[h];
+    });
+    parallel(z.threads, z.b, [&](int64_t sample) {
+        float *sum = hidden + sample * z.width, *out = logits + sample * z.c, *g = gate + sample * z.c;
+        std::fill(sum, sum + z.width, 0.f);
+        for (int64_t row = sample; row < rows; row += z.b)
+            for (int64_t h = 0; h < z.width; ++h) { const float v = first[row * z.width + h]; sum[h] += v < 0 ? 0 : v; }
+        all_dots(sum, two.weight, z.c, z.width, out);
+        for (int64_t j = 0; j < z.c && two.bias; ++j) out[j] += float(z.pools) * two.bias[j];
+        for (int64_t i = 0; i < z.c; i += W) store_some(g + i, sigmoid_of(load_some(out + i, z.c - i)), z.c - i);
+    });
+}
+
+// from the gradient of the gate (B, C) those of the poolings and of both layers, whose biases may be absent
+struct GradLayer { float *weight, *bias; };
+inline void grad_mlp(const Sizes& z, const float* pooled, const float* weight, const float* second, const float* first,
+                     const float* hidden, const float* logits, const float* dgate, float* dpooled, const GradLayer& one,
+                     const GradLayer& two) {
+    const int64_t rows = z.pools * z.b;
+    std::vector<float> dlogits(size_t(z.b * z.c)), dfirst(size_t(rows * z.width));
+    parallel(z.threads, z.b, [&](int64_t sample) {
+        float* d = &dlogits[sample * z.c];
+        for (int64_t i = 0; i < z.c; i += W) {
+            const Vec g = sigmoid_of(load_some(logits + sample * z.c + i, z.c - i));
+            store_some(d + i, load_some(dgate + sample * z.c + i, z.c - i) * (splat(1.f) - g) * g, z.c - i);
+        }
+        std::vector<float> dhidden(size_t(z.width));
+        row_times(d, 1, second, z.c, z.width, dhidden.data());
+        for (int64_t row = sample; row < rows; row += z.b)
+            for (int64_t h = 0; h < z.width; ++h) {
+                // as torch: nothing passes what is not above zero, but NaN is passed
+                const int64_t at = row * z.width + h;
+                dfirst[at] = first[at] <= 0 ? 0.f : dhidden[h];
+            }
+    });
+    parallel(z.threads, rows, [&](int64_t row) { row_times(&dfirst[row * z.width], 1, weight, z.width, z.c, dpooled + row * z.c); });
+    parallel(z.threads, z.width, [&](int64_t h) {
+        row_times(&dfirst[h], z.width, pooled, rows, z.c, one.weight + h * z.c);
+        if (!one.bias) return;
+        one.bias[h] = 0;
+        for (int64_t row = 0; row < rows; ++row) one.bias[h] += dfirst[row * z.width + h];
+    });
+    parallel(z.threads, z.c, [&](int64_t j) {
+        row_times(&dlogits[j], z.c, hidden, z.b, z.width, two.weight + j * z.width);
+        if (!two.bias) return;
+        float sum = 0;
+        for (int64_t sample = 0; sample < z.b; ++sample) sum += dlogits[sample * z.c + j];
+        two.bias[j] = float(z.pools) * sum;
+    });
+}
+
+// gradients of logits, and of norm and strength into sums: weight, bias, strength
+inline void grad_gate_of(int threads, int64_t n, const float* logits, const Norm& norm, bool training, const float* strength,
+                         const float* dgate, float* dlogits, float* sums) {
+    const float a = norm.scale(), b = norm.shift(), middle = norm.mean ? *norm.mean : 0.f;
+    const float deviation = norm.mean ? 1 / std::sqrt(*norm.var + norm.eps) : 1.f;
+    struct Sums { double weight, bias, strength; };
+    std::vector<Sums> partial(size_t(units(n, PART)), Sums{0, 0, 0});
+    each_part(threads, n, [&](int64_t part, int64_t begin, int64_t end) {
+        double weight[W] = {}, bias[W] = {}, strengths[W] = {};
+        for (int64_t i = begin; i < end; i += W) {
+            const Vec z = load_some(logits + i, end - i);
+            Vec d = load_some(dgate + i, end - i);
+            const Vec g = sigmoid_of(z * splat(a) + splat(b));
+            if (strength) {
+                const Vec less = g == g ? g - splat(1.f) : splat(0.f);
+                add_to(strengths, d * less);
+                d = g == g ? d * splat(*strength) : splat(0.f);
+            }
+            d *= (splat(1.f) - g) * g;
+            add_to(bias, d);
+            add_to(weight, d * ((z - splat(middle)) * splat(deviation)));
+            store_some(dlogits + i, d, end - i);
+        }
+        for (int i = 0; i < W; ++i) { partial[part].weight += weight[i]; partial[part].bias += bias[i]; partial[part].strength += strengths[i]; }
+    });
+    Sums total{0, 0, 0};
+    for (const Sums& one : partial) { total.weight += one.weight; total.bias += one.bias; total.strength += one.strength; }
+    sums[0] = float(total.weight); sums[1] = float(total.bias); sums[2] = float(total.strength);
+    if (!norm.mean) return;
+    const float slope = training ? float(total.weight / double(n)) * deviation : 0.f, level = training ? float(total.bias / double(n)) : 0.f;
+    each_part(threads, n, [&](int64_t, int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i += W) {
+            const Vec z = load_some(logits + i, end - i), d = load_some(dlogits + i, end - i);
+            store_some(dlogits + i, (d - splat(level) - (z - splat(middle)) * splat(slope)) * splat(a), end - i);
+        }
+    });
+}
