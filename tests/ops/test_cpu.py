@@ -586,17 +586,18 @@ def test_more_elements_than_32_bits_count(last: bool, only_fused: None) -> None:
     module = built("cbam", channels).eval()
     module.channel.fc1.weight.data.mul_(0.1)
     # the poolings, the summary and the product, one channel after the other
-    pooled = [torch.stack([x[0, c].float().mean() for c in range(channels)])[None], x.amax((2, 3)).float()]
-    channel = module.channel.of_pools(pooled)[0]
-    total, top = torch.zeros(side, side), torch.full((side, side), -torch.inf)
-    for c in range(channels):
-        gated = x[0, c].float() * channel[c]
-        total, top = total + gated, torch.maximum(top, gated)
-    spatial = module.spatial.of_summary(torch.stack([total / channels, top])[None])[0, 0]
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        y = module(x)
-    for c in (0, channels - 2, channels - 1):
-        assert_close(y[0, c], (x[0, c].float() * channel[c] * spatial).detach().bfloat16())
+    with torch.no_grad():
+        pooled = [torch.stack([x[0, c].float().mean() for c in range(channels)])[None], x.amax((2, 3)).float()]
+        channel = module.channel.of_pools(pooled)[0]
+        total, top = torch.zeros(side, side), torch.full((side, side), -torch.inf)
+        for c in range(channels):
+            gated = x[0, c].float() * channel[c]
+            total, top = total + gated, torch.maximum(top, gated)
+        spatial = module.spatial.of_summary(torch.stack([total / channels, top])[None])[0, 0]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = module(x)
+        for c in (0, channels - 2, channels - 1):
+            assert_close(y[0, c], (x[0, c].float() * channel[c] * spatial).bfloat16())
     assert y[0, -1, -1, -1] != 0
     del y
     # the gradient, of a gate that is the same everywhere in a channel
