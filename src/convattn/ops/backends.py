@@ -1,8 +1,8 @@
 """Who computes: the fused operators where they serve, else plain PyTorch, which is the truth.
 
-The choice depends on the tensor and on what PyTorch is doing, and on nothing else. Under torch.compile and torch.export
-it is plain PyTorch, which the compiler fuses itself; so it is under torch.func, dispatch modes and tracing, which see
-operators of PyTorch only.
+The choice depends on the tensor and on what PyTorch is doing, and on nothing else. A compiler gets plain PyTorch, which
+it fuses itself, but for what it is slower at (`operators`). torch.export, torch.func, dispatch modes and tracing, which
+see operators of PyTorch only, get plain PyTorch.
 """
 
 import contextlib

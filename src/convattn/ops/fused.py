@@ -3,8 +3,8 @@
 y = x * c, c = channel gate of the poolings of x;  z = y * s, s = spatial gate of the summary of y
 
 Three things are computed from the whole map, one after the other: its poolings, its summary and its product with both
-gates. What lies between them is small: an MLP by the library's matrix products, and a convolution with its norm. The
-backward pass reads the map twice and its gradient twice:
+gates. What lies between them is small: an MLP, and a convolution with its norm. The backward pass reads the map twice
+and its gradient twice:
 
 1. (x, dz) to the gradients of c and s by the product, and where the maxima of the summary are;
 2. the window backward, on small maps, to the gradient of the summary;
@@ -14,6 +14,11 @@ backward pass reads the map twice and its gradient twice:
 
 Kept for it are the map and small maps. Equal maxima share their gradient, as those of `torch.amax` do. For gradients of
 gradients all is computed again in plain PyTorch.
+
+Where a batch norm stands straight before the gates, x = w * h + b with h = norm of u, only u is kept: the norm's
+statistics come with the poolings, x is computed from u wherever it is read, and what the gradient of u needs beside dx,
+the sums of dx and of dx * h, follows from the sums of steps 1 and 3. So both together read and write the map hardly
+more often than the norm alone.
 """
 
 from collections.abc import Callable, Iterator
