@@ -337,6 +337,30 @@ def test_a_single_position_is_refused_as_ever(served: list[str]) -> None:
     assert not served
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.01, 0.9, 1.0, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_running_statistics_follow_as_ever(momentum: float | None, dtype: torch.dtype) -> None:
+    # float64 is left to PyTorch
+    norm = nn.BatchNorm2d(5, momentum=momentum, dtype=dtype)
+    other = copy.deepcopy(norm)
+    for _ in range(4):
+        x = 2 * torch.randn(3, 5, 4, 4, dtype=dtype) + 1
+        norm(x)
+        moments = torch.stack([x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)])
+        ops.follow(other.running_mean, other.running_var, other.num_batches_tracked, momentum, moments, 48)
+        for name, one in buffers(norm).items():
+            assert_close(buffers(other)[name], one)
+    assert int(other.num_batches_tracked) == 4
+
+
+def test_whoever_kept_running_statistics_for_a_gradient_is_told_that_they_changed() -> None:
+    module = CBAM(6)
+    kept = torch.ones(1, requires_grad=True) * module.spatial.norm.running_mean
+    module(torch.randn(2, 6, 5, 5))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()
+
+
 @pytest.mark.parametrize("last", [False, True])
 def test_two_hundred_steps_of_training_agree(last: bool, served: list[str]) -> None:
     losses = {}

@@ -144,11 +144,7 @@ def described_norm(layer: Any) -> ops.Norm | None:
 
 def follow(norm: Any, moments: torch.Tensor, count: int) -> None:
     """Let a batch norm's running mean and variance follow mean and biased variance (2, C) of so many numbers."""
-    norm.num_batches_tracked.add_(1)
-    momentum = 1 / int(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-    with torch.no_grad():
-        norm.running_mean.lerp_(moments[0].to(norm.running_mean.dtype), momentum)
-        norm.running_var.lerp_(moments[1].mul(count / (count - 1)).to(norm.running_var.dtype), momentum)
+    ops.follow(norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum, moments, count)
 
 
 def plain(*layers: nn.Module) -> bool:

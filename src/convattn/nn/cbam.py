@@ -211,9 +211,10 @@ class SpatialAttention(Gate):
         """Raise `ShapeMismatch` where batch norm would be trained on a single position, which has no variance."""
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             # a symbolic trace knows no shapes
-            if self.norm is None or not self.norm.training or isinstance(x, torch.fx.Proxy):
+            norm = self.norm
+            if norm is None or not norm.training or isinstance(x, torch.fx.Proxy):
                 return
-            if x.shape[0] == 1 and all(size == 1 for size in x.shape[2:]):
+            if x.numel() == x.shape[1]:
                 raise ShapeMismatch(
                     f"SpatialAttention: batch norm needs more than one position to train on, got a map of shape "
                     f"{tuple(x.shape)}; use a larger batch or map, norm=None, or eval()."
@@ -239,7 +240,7 @@ class SpatialAttention(Gate):
     def track(self, moments: torch.Tensor | None, count: int) -> None:
         """Let the norm's running mean and variance follow those of so many logits, where it is trained."""
         if moments is not None:
-            follow(self.norm, moments.unsqueeze(1), count)
+            follow(self.norm, moments, count)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The gated map, of the shape, dtype and memory format of `x`."""

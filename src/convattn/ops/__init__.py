@@ -5,7 +5,7 @@
 
 import torch.fx
 
-from convattn.ops.backends import choice, gated, mean_max, normed, takes_norms, use
+from convattn.ops.backends import choice, follow, gated, mean_max, normed, takes_norms, use
 from convattn.ops.gates import Gates, Mlp, Norm, Window
 from convattn.ops.reference import POOLS, apply_gate, blend, broadcast, spatial_summary, squeeze
 
@@ -23,6 +23,7 @@ __all__ = [
     "blend",
     "broadcast",
     "choice",
+    "follow",
     "gated",
     "mean_max",
     "normed",

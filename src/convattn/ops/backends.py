@@ -141,6 +141,30 @@ def normed(
     return fused.normed(cpu.Kernels, u, norm, gates, strength)
 
 
+def follow(
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    tracked: torch.Tensor,
+    momentum: float | None,
+    moments: torch.Tensor,
+    count: int,
+) -> None:
+    """Let a norm's running mean and variance (C) follow mean and biased variance, 2C numbers, of so many values.
+
+    As `torch.nn.BatchNorm2d` does in training, and in one call where the kernels were the ones that found the moments:
+    PyTorch's operators for it take longer than all that is computed of a small map.
+    """
+    running = (mean, var, tracked)
+    if not torch.compiler.is_compiling() and cpu.takes_running(*running, moments):
+        return cpu.follow(*running, momentum, moments, count)
+    tracked.add_(1)
+    momentum = 1 / int(tracked) if momentum is None else momentum
+    with torch.no_grad():
+        of_mean, of_var = moments.view(2, -1)
+        mean.lerp_(of_mean.to(mean.dtype), momentum)
+        var.lerp_(of_var.mul(count / (count - 1)).to(var.dtype), momentum)
+
+
 def mean_max(x: torch.Tensor) -> torch.Tensor:
     """Pool a map (B, C, *spatial) to (B, 2C): the means, then the maxima."""
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
@@ -172,5 +196,5 @@ def _better_than_compiled(x: torch.Tensor, gates: Gates) -> bool:
 
 def _alike(x: torch.Tensor, gates: Gates) -> bool:
     """Whether map and gates are of one type, or mixed precision is on purpose: else PyTorch has to object."""
-    dtype = x.dtype
-    return all(one is None or one.dtype is dtype for one in gates.tensors()) or torch.is_autocast_enabled(x.device.type)
+    types = {one.dtype for one in gates.tensors() if one is not None}
+    return types == {x.dtype} or torch.is_autocast_enabled(x.device.type)

@@ -165,6 +165,9 @@ class Kernels(Protocol):
     def restore(self, kept: Normed) -> None:
         """The same again in the backward pass."""
 
+    def at_once(self, x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe) -> tuple[Tensor, Maybe, Kept] | None:
+        """The gated map, moments of the window in training, and what is kept; None where it takes step after step."""
+
     def pool(self, x: Tensor, mean: bool, maximum: bool) -> Tensor:
         """Means and maxima over positions (pools, B, C)."""
 

@@ -6,10 +6,13 @@ import torch
 
 from convattn.ops import between
 from convattn.ops.cpu.library import FEW_PRODUCTS, SUFFIXES, loaded, threads_for, why_not
-from convattn.ops.gates import Kept, Mlp, Norm, Normed, Window, convolve
+from convattn.ops.gates import Gates, Kept, Mlp, Norm, Normed, Window
 
 Tensor = torch.Tensor
 Maybe = Any
+# what a pass is given in place of an MLP or a window that is not there
+_NO_MLP = (0, 0, 1, None, None, None, None)
+_NO_WINDOW = (0, 0, 0, 0, 1, False, 0.0, None, None, None, None, None)
 
 
 def why_not_for(x: Tensor) -> str | None:
@@ -27,6 +30,25 @@ def why_not_for(x: Tensor) -> str | None:
     if max(x.shape[1], elements // (x.shape[0] * x.shape[1])) >= 1 << 31:
         return "places in the map are counted in 32 bits"
     return None
+
+
+def takes_running(mean: Tensor, var: Tensor, tracked: Tensor, moments: Tensor) -> bool:
+    """Whether `follow` serves these."""
+    if why_not() is not None or tracked.dtype is not torch.int64:
+        return False
+    for one in (mean, var, tracked):
+        if type(one) is not Tensor or not one.is_cpu or one.is_inference():
+            return False
+    return _ready(mean) and _ready(var) and _ready(moments)
+
+
+def follow(mean: Tensor, var: Tensor, tracked: Tensor, momentum: float | None, moments: Tensor, count: int) -> None:
+    """Let running mean and variance follow those of so many values: see `backends.follow`."""
+    pointers = map(_at, (moments, mean, var, tracked))
+    call = loaded().functions["follow", torch.float32]
+    call(mean.numel(), count, -1.0 if momentum is None else momentum, *pointers)
+    # whoever has kept one for a gradient is told that it has changed
+    torch.autograd.graph.increment_version((mean, var, tracked))
 
 
 class Kernels:
@@ -93,38 +115,95 @@ class Kernels:
         self._call("pool", x.data_ptr(), at, at + 4 * self.batch * self.channels if maximum else None)
         return found if mean and maximum else found[:1] if mean else found[1:]
 
+    def at_once(self, x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe) -> tuple[Tensor, Maybe, Kept] | None:
+        """See `gates.Kernels`."""
+        mlp, window = gates.channel, gates.spatial
+        batch, channels = self.batch, self.channels
+        kept: list[Maybe] = [None] * 8
+        given_mlp: tuple[Maybe, ...] = _NO_MLP
+        given_window: tuple[Maybe, ...] = _NO_WINDOW
+        moments = None
+        if mlp is not None:
+            found = self._mlp(mlp)
+            if found is None or "mean" not in mlp.pools:
+                return None
+            given_mlp = found
+            pools, width = given_mlp[:2]
+            kept[:5] = (
+                torch.empty((pools, batch, channels)),
+                torch.empty((pools, batch, width)),
+                torch.empty((batch, width)),
+                torch.empty((batch, channels)),
+                torch.empty((batch, channels)),
+            )
+        if window is not None:
+            if len(self.positions) > 2:
+                return None
+            small, moments = _in_float32(window), _moments(window)
+            given_window = self._window(window, small, moments)
+            kept[5:] = (
+                torch.empty((2, batch, *self.positions)),
+                torch.empty((batch, *self.positions)),
+                torch.empty((batch, *self.positions)),
+            )
+        y, strength = torch.empty_like(x), _small(strength)
+        pointers = [None if one is None else one.data_ptr() for one in kept]
+        self._call(
+            "gated",
+            x.data_ptr(),
+            _at(shortcut),
+            y.data_ptr(),
+            _at(strength),
+            gates.parallel,
+            *given_mlp,
+            *pointers[:5],
+            *given_window,
+            *pointers[5:],
+        )
+        return y, moments, Kept(*kept)
+
     def mlp(self, mlp: Mlp, pooled: Tensor) -> tuple[Tensor, Kept]:
         """The channel gate (B, C) of poolings, and what is kept."""
-        sizes = self._sizes(mlp, pooled)
-        if sizes is None:
+        given = self._mlp(mlp)
+        if given is None:
             return between.mlp(mlp, pooled)
-        pools, batch, channels, width, _ = sizes
-        first, hidden = torch.empty((pools, batch, width)), torch.empty((batch, width))
-        logits, gate = torch.empty((batch, channels)), torch.empty((batch, channels))
-        pointers = map(_at, (pooled, *mlp[3:], first, hidden, logits, gate))
-        self.library.functions["mlp", torch.float32](*sizes, *pointers)
+        pools, width = given[:2]
+        first, hidden = torch.empty((pools, self.batch, width)), torch.empty((self.batch, width))
+        logits, gate = torch.empty((self.batch, self.channels)), torch.empty((self.batch, self.channels))
+        pointers = map(_at, (pooled, first, hidden, logits, gate))
+        self.library.functions["mlp", torch.float32](self.batch, self.channels, *given, *pointers)
         return gate, Kept(pooled, first, hidden, logits)
 
     def grad_mlp(self, mlp: Mlp, kept: Kept, dgate: Tensor) -> tuple[Tensor, tuple[Maybe, ...]]:
         """Gradients of the poolings, and of the weights and biases."""
-        sizes = self._sizes(mlp, kept.pooled)
-        if sizes is None:
+        given = self._mlp(mlp)
+        if given is None:
             return between.grad_mlp(mlp, kept, dgate)
         dpooled = torch.empty_like(kept.pooled)
         grads = tuple(None if one is None else torch.empty_like(one) for one in mlp[3:])
-        given = (kept.pooled, mlp.first, mlp.second, kept.first, kept.hidden, kept.logits, dgate, dpooled, *grads)
-        self.library.functions["grad_mlp", torch.float32](*sizes, *map(_at, given))
+        pointers = map(_at, (kept.pooled, kept.first, kept.hidden, kept.logits, dgate, dpooled, *grads))
+        self.library.functions["grad_mlp", torch.float32](self.batch, self.channels, *given, *pointers)
         return dpooled, grads
 
-    def _sizes(self, mlp: Mlp, pooled: Tensor) -> tuple[int, int, int, int, int] | None:
-        """Pools, batch, channels, hidden width and threads of an MLP that is computed here; None where it is not."""
-        pools, batch, channels = pooled.shape
-        width = len(mlp.first)
-        products = width * pooled.numel()
-        small = products <= FEW_PRODUCTS and mlp.activation == "relu" and mlp.gate == "sigmoid"
-        if not small or any(one is not None and not _ready(one) for one in mlp[3:]):
+    def _mlp(self, mlp: Mlp) -> tuple[Maybe, ...] | None:
+        """Pools, hidden width, threads, weights and biases of an MLP that is computed here; None where it is not."""
+        pools, width = len(mlp.pools), len(mlp.first)
+        products = width * pools * self.batch * self.channels
+        if products > FEW_PRODUCTS or mlp.activation != "relu" or mlp.gate != "sigmoid":
             return None
-        return pools, batch, channels, width, threads_for(products)
+        _, _, _, first, first_bias, second, second_bias = mlp
+        for one in (first, first_bias, second, second_bias):
+            if one is not None and not _ready(one):
+                return None
+        return (
+            pools,
+            width,
+            threads_for(products),
+            first.data_ptr(),
+            _at(first_bias),
+            second.data_ptr(),
+            _at(second_bias),
+        )
 
     def summarise(self, x: Tensor, channel: Maybe) -> Tensor:
         """Means and maxima over channels (2, B, *spatial)."""
@@ -191,67 +270,52 @@ class Kernels:
 
     def window(self, planes: Tensor, window: Window, strength: Maybe) -> tuple[Tensor, Tensor, Maybe]:
         """The spatial gate, the logits behind the convolution, and their moments in training."""
-        weight = _small(window.weight)
-        logits = torch.empty(planes.shape[1:], dtype=torch.float32)
-        if self._in_plane(weight):
-            self._convolve("conv", planes.data_ptr(), weight.data_ptr(), logits.data_ptr(), weight=weight)
-        else:
-            logits = convolve(planes.transpose(0, 1), weight).view(logits.shape)
-        moments = torch.empty(2) if window.training and window.mean is not None else None
-        gate = torch.empty_like(logits)
-        self._gate("gate", logits, window, moments, strength, gate.data_ptr())
+        if len(self.positions) > 2:
+            return between.window(planes, window, strength)
+        small, moments, strength = _in_float32(window), _moments(window), _small(strength)
+        given = self._window(window, small, moments)
+        logits, gate = torch.empty(planes.shape[1:]), torch.empty(planes.shape[1:])
+        pointers = map(_at, (strength, planes, logits, gate))
+        self.library.functions["window", torch.float32](self.batch, *given, *pointers)
         return gate, logits, moments
 
     def grad_window(
         self, planes: Tensor, window: Window, strength: Maybe, kept: Kept, dgate: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the planes, of the weight, and of norm weight, norm bias and strength together (3)."""
-        sums, dlogits = torch.empty(3), torch.empty_like(dgate)
-        pointers = (dgate.data_ptr(), dlogits.data_ptr(), sums.data_ptr())
-        self._gate("grad_gate", kept.window, window, None, strength, *pointers)
-        weight = _small(window.weight)
-        if self._in_plane(weight):
-            dplanes, dweight = torch.empty_like(planes), torch.empty(weight.shape)
-            found = (planes.data_ptr(), weight.data_ptr(), dlogits.data_ptr(), dplanes.data_ptr(), dweight.data_ptr())
-            self._convolve("grad_conv", *found, weight=weight)
-            return dplanes, dweight, sums
-        return *between.grad_convolve(planes, weight, dlogits), sums
+        if len(self.positions) > 2:
+            return between.grad_window(planes, window, strength, kept, dgate)
+        small = _in_float32(window)
+        given = self._window(window, small, None)
+        dplanes, dweight, sums = torch.empty_like(planes), torch.empty(window.weight.shape), torch.empty(3)
+        strength = _small(strength)
+        pointers = map(_at, (strength, planes, kept.window, dgate, sums, dplanes, dweight))
+        self.library.functions["grad_window", torch.float32](self.batch, *given, *pointers)
+        return dplanes, dweight, sums
+
+    def _window(self, window: Window, small: list[Maybe], moments: Maybe) -> tuple[Maybe, ...]:
+        """Sizes and threads of a window, and its weights and norm, which live as long as `small` and `moments` do."""
+        shape = window.weight.shape[2:]
+        pointers = [None if one is None else one.data_ptr() for one in small]
+        if moments is not None:
+            pointers[3:] = moments.data_ptr(), moments.data_ptr() + 4
+        threads = threads_for(self.batch * self.shape[2] * window.weight.numel() // 16)
+        # a sequence is a plane of one row
+        plane = (*self.positions, *shape) if len(shape) == 2 else (1, *self.positions, 1, *shape)
+        return (*plane, threads, window.training, window.eps, *pointers)
 
     def _call(self, name: str, *arguments: Any) -> None:
         self.library.functions[name, self.dtype](*self.shape, *arguments)
 
-    def _in_plane(self, weight: Tensor) -> bool:
-        return weight.dim() <= 4
 
-    def _convolve(self, name: str, *pointers: int, weight: Tensor) -> None:
-        sizes, window = self.positions, weight.shape[2:]
-        if len(sizes) == 1:
-            sizes, window = torch.Size([1, *sizes]), torch.Size([1, *window])
-        threads = threads_for(self.batch * self.shape[2] * weight.numel() // 16)
-        self.library.functions[name, torch.float32](self.batch, *sizes, *window, threads, *pointers)
+def _in_float32(window: Window) -> list[Maybe]:
+    """Weights, and weight, bias, mean and variance of the norm, as the kernels read them."""
+    return [_small(one) for one in window[:5]]
 
-    def _gate(self, name: str, logits: Tensor, window: Window, moments: Maybe, strength: Maybe, *pointers: int) -> None:
-        # what is made here lives until the call is over
-        small = [_small(one) for one in (*window[1:5], strength)]
-        weight, bias, mean, var, given = map(_at, small)
-        if moments is not None:
-            mean = moments.data_ptr()
-            var = mean + 4
-        count = logits.numel()
-        call = self.library.functions[name, torch.float32]
-        call(
-            count,
-            threads_for(4 * count),
-            window.training,
-            window.eps,
-            logits.data_ptr(),
-            weight,
-            bias,
-            mean,
-            var,
-            given,
-            *pointers,
-        )
+
+def _moments(window: Window) -> Maybe:
+    """Where mean and variance of the logits are written to; None where they are not computed."""
+    return torch.empty(2) if window.training and window.mean is not None else None
 
 
 def _at(one: Maybe) -> int | None:

@@ -264,6 +264,18 @@ inline void normalise(int64_t b, int64_t c, int64_t n, bool training, double eps
     }
 }
 
+// lets running mean and variance follow those of a batch of n numbers for each channel, of which it is given the biased one
+inline void follow(int64_t c, int64_t n, double momentum, const float* moments, float* mean, float* var, int64_t* tracked) {
+    ++*tracked;
+    const float share = float(momentum < 0 ? 1 / double(*tracked) : momentum), unbiased = float(double(n) / double(n - 1));
+    // as torch.lerp, which meets both ends
+    auto between = [&](float a, float b) { return share < 0.5f ? a + share * (b - a) : b - (b - a) * (1 - share); };
+    for (int64_t j = 0; j < c; ++j) {
+        mean[j] = between(mean[j], moments[j]);
+        var[j] = between(var[j], moments[c + j] * unbiased);
+    }
+}
+
 // mean and maximum of each position over its channels, of x or of x with its channels gated
 template <class Down, class Along, class T>
 void summarise(const Map& map, const T* x, const Affine* affine, const float* gate, float* mean, float* max) {

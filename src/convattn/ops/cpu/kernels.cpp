@@ -189,39 +189,66 @@ EXPORT void convattn_normalise(int64_t b, int64_t c, int64_t n, int training, do
                    Normed{affine, moments, hat, mean_of_x, max_of_x}))
 }
 
-// the convolution of a summary, in float32: b samples of h x w, a window of kh x kw
-EXPORT void convattn_conv(int64_t b, int64_t h, int64_t w, int64_t kh, int64_t kw, int threads, const float* summary,
-                          const float* weight, float* out) {
-    PATH(conv(Plane{b, h, w, kh, kw, threads}, summary, weight, out))
-}
-EXPORT void convattn_grad_conv(int64_t b, int64_t h, int64_t w, int64_t kh, int64_t kw, int threads, const float* summary,
-                               const float* weight, const float* dout, float* dsummary, float* dweight) {
-    PATH(grad_conv(Plane{b, h, w, kh, kw, threads}, summary, weight, dout, dsummary, dweight))
+// running mean and variance, and the number of batches that they have seen; a momentum below 0 stands for their average
+EXPORT void convattn_follow(int64_t c, int64_t count, double momentum, const float* moments, float* mean, float* var,
+                            int64_t* tracked) {
+    PATH(follow(c, count, momentum, moments, mean, var, tracked))
 }
 
-// the gate of n logits: norm, sigmoid and strength, each of which but the sigmoid may be absent; in training the mean and
-// the variance of the logits are written, else read
-#define LOGITS int64_t n, int threads, int training, float eps, const float* logits, const float* weight, const float* bias, \
-               float* mean, float* var, const float* strength
-EXPORT void convattn_gate(LOGITS, float* gate) {
-    PATH(if (training && mean) moments(threads, n, logits, mean, var);
-         gate_of(threads, n, logits, Norm{weight, bias, mean, var, eps}, strength, gate))
+// The spatial gate of a summary, in float32: b samples of h x w, a window of kh x kw, then norm, sigmoid and strength,
+// where norm and strength may be absent. In training the mean and the variance of the logits are written, else read.
+#define WINDOW int64_t h, int64_t w, int64_t kh, int64_t kw, int threads_of_window, int training, float eps, \
+               const float* weight, const float* norm_weight, const float* norm_bias, float* mean, float* var
+#define GATE_OF_WINDOW \
+    conv(Plane{b, h, w, kh, kw, threads_of_window}, summary, weight, window); \
+    if (training && mean) moments(threads_of_window, b * h * w, window, mean, var); \
+    gate_of(threads_of_window, b * h * w, window, Norm{norm_weight, norm_bias, mean, var, eps}, strength, spatial);
+EXPORT void convattn_window(int64_t b, WINDOW, const float* strength, const float* summary, float* window, float* spatial) {
+    PATH(GATE_OF_WINDOW)
 }
-EXPORT void convattn_grad_gate(LOGITS, const float* dgate, float* dlogits, float* sums) {
-    PATH(grad_gate_of(threads, n, logits, Norm{weight, bias, mean, var, eps}, training != 0, strength, dgate, dlogits, sums))
+EXPORT void convattn_grad_window(int64_t b, WINDOW, const float* strength, const float* summary, const float* window,
+                                 const float* dspatial, float* sums, float* dsummary, float* dweight) {
+    PATH(const int64_t n = b * h * w;
+         std::vector<float> d(static_cast<size_t>(n));
+         grad_gate_of(threads_of_window, n, window, Norm{norm_weight, norm_bias, mean, var, eps}, training != 0, strength, dspatial,
+                      d.data(), sums);
+         grad_conv(Plane{b, h, w, kh, kw, threads_of_window}, summary, weight, d.data(), dsummary, dweight))
 }
 
 // a small MLP, forward and backward
-#define SIZES int64_t pools, int64_t b, int64_t c, int64_t width, int threads
-EXPORT void convattn_mlp(SIZES, const float* pooled, const float* weight, const float* bias, const float* second,
-                         const float* second_bias, float* first, float* hidden, float* logits, float* gate) {
-    PATH(mlp(Sizes{pools, b, c, width, threads}, pooled, Layer{weight, bias}, Layer{second, second_bias}, first, hidden, logits, gate))
+#define MLP int64_t pools, int64_t width, int threads_of_mlp, const float* one, const float* one_bias, const float* two, \
+            const float* two_bias
+#define GATE_OF_MLP \
+    mlp(Sizes{pools, b, c, width, threads_of_mlp}, pooled, Layer{one, one_bias}, Layer{two, two_bias}, first, hidden, logits, channel);
+EXPORT void convattn_mlp(int64_t b, int64_t c, MLP, const float* pooled, float* first, float* hidden, float* logits,
+                         float* channel) {
+    PATH(GATE_OF_MLP)
 }
-EXPORT void convattn_grad_mlp(SIZES, const float* pooled, const float* weight, const float* second, const float* first,
-                              const float* hidden, const float* logits, const float* dgate, float* dpooled, float* dweight,
-                              float* dbias, float* dsecond, float* dsecond_bias) {
-    PATH(grad_mlp(Sizes{pools, b, c, width, threads}, pooled, weight, second, first, hidden, logits, dgate, dpooled,
-                  GradLayer{dweight, dbias}, GradLayer{dsecond, dsecond_bias}))
+EXPORT void convattn_grad_mlp(int64_t b, int64_t c, MLP, const float* pooled, const float* first, const float* hidden,
+                              const float* logits, const float* dchannel, float* dpooled, float* done, float* done_bias,
+                              float* dtwo, float* dtwo_bias) {
+    (void)one_bias, (void)two_bias;
+    PATH(grad_mlp(Sizes{pools, b, c, width, threads_of_mlp}, pooled, one, two, first, hidden, logits, dchannel, dpooled,
+                  GradLayer{done, done_bias}, GradLayer{dtwo, dtwo_bias}))
 }
+
+// All of a forward pass in one call, which takes a small map less time than six: a channel gate where there is `channel`,
+// a spatial gate where there is `spatial`, and what is kept of both.
+#define DEFINE_GATED(type, suffix) \
+    EXPORT void convattn_gated_##suffix(SHAPE, const type* x, const type* shortcut, type* y, const float* strength, int parallel, \
+                                        MLP, float* pooled, float* first, float* hidden, float* logits, float* channel, WINDOW, \
+                                        float* summary, float* window, float* spatial) { \
+        PATH(if (channel) { \
+                 pool<type>(MAP, x, pooled, pools > 1 ? pooled + b * c : nullptr); \
+                 GATE_OF_MLP \
+                 blend(b * c, channel, strength); \
+             } \
+             if (spatial) { \
+                 summarise<type>(MAP, x, nullptr, parallel ? nullptr : channel, summary, summary + b * n); \
+                 GATE_OF_WINDOW \
+             } \
+             apply<type>(MAP, x, nullptr, channel, spatial, shortcut, y)) \
+    }
+BOTH(DEFINE_GATED)
 
 }  // extern "C"

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).parent
+# what an MLP and a window are given as
+MLP, WINDOW = "lli****", "lllliif*****"
 # by name what a function takes behind the shape of a map: `*` is a pointer and `i` a number
 ON_MAPS = {
     "pool": "***",
@@ -17,16 +19,16 @@ ON_MAPS = {
     "grad_gates": "******i***",
     "grad_summary": "*" * 11,
     "grad_input": "*" * 15,
+    "gated": "****i" + MLP + "*****" + WINDOW + "***",
 }
 # and what those on small maps take, `l` being a long number, `f` one in float32 and `d` one in float64
 ON_SMALL = {
     "normalise": "llli" + "d" + "*" * 11,
-    "conv": "lllll" + "i***",
-    "grad_conv": "lllll" + "i*****",
-    "gate": "liif" + "******" + "*",
-    "grad_gate": "liif" + "******" + "***",
-    "mlp": "lllli" + "*" * 9,
-    "grad_mlp": "lllli" + "*" * 12,
+    "follow": "lld" + "****",
+    "window": "l" + WINDOW + "****",
+    "grad_window": "l" + WINDOW + "*******",
+    "mlp": "ll" + MLP + "*****",
+    "grad_mlp": "ll" + MLP + "**********",
 }
 TYPES: dict[str, Any] = {
     "*": ctypes.c_void_p,

@@ -162,15 +162,23 @@ inline void moments(int threads, int64_t n, const float* logits, float* mean, fl
     *var = float(total(middle, true));
 }
 
-// gate = 1 + strength * (sigmoid(norm(logits)) - 1), where the sigmoid is a number, and 1 elsewhere; without strength the
-// sigmoid itself
+// 1 + strength * (gate - 1), where the gate is a number, and 1 elsewhere; without strength the gate itself
+inline Vec blended(Vec gate, const float* strength) {
+    if (!strength) return gate;
+    const Vec less = gate == gate ? gate - splat(1.f) : splat(0.f);
+    return splat(1.f) + splat(*strength) * less;
+}
+inline void blend(int64_t n, float* gate, const float* strength) {
+    if (strength)
+        for (int64_t i = 0; i < n; i += W) store_some(gate + i, blended(load_some(gate + i, n - i), strength), n - i);
+}
+// the gate is the sigmoid of normed logits
 inline void gate_of(int threads, int64_t n, const float* logits, const Norm& norm, const float* strength, float* gate) {
     const Vec scale = splat(norm.scale()), shift = splat(norm.shift());
     each_part(threads, n, [&](int64_t, int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i += W) {
-            Vec g = sigmoid_of(load_some(logits + i, end - i) * scale + shift);
-            if (strength) { g = g == g ? g - splat(1.f) : splat(0.f); g = splat(1.f) + splat(*strength) * g; }
-            store_some(gate + i, g, end - i);
+            const Vec normed = load_some(logits + i, end - i) * scale + shift;
+            store_some(gate + i, blended(sigmoid_of(normed), strength), end - i);
         }
     });
 }

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from convattn.ops import between
-from convattn.ops.gates import Kept, Mlp, Window
+from convattn.ops.gates import Gates, Kept, Mlp, Window
 
 Tensor = torch.Tensor
 Maybe = Any
@@ -46,6 +46,9 @@ class Kernels:
         self.sides = {"BLOCK_C": 64, "BLOCK_N": 16} if last else {"BLOCK_C": 8, "BLOCK_N": 128}
         self.shape = (self.channels, count, *((1, self.channels) if last else (count, 1)))
         self.blocks_c, self.blocks_n = -(-self.channels // self.sides["BLOCK_C"]), -(-count // self.sides["BLOCK_N"])
+
+    def at_once(self, x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe) -> None:
+        """There is no such pass."""
 
     def pool(self, x: Tensor, mean: bool, maximum: bool) -> Tensor:
         """Means and maxima over positions (pools, B, C)."""
