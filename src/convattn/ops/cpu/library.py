@@ -40,8 +40,8 @@ TYPES: dict[str, Any] = {
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 # below so many elements a second thread costs more than it saves
 FEW = 1 << 15
-# and so many multiply-adds of an MLP take less time than asking PyTorch for matrix products
-FEW_PRODUCTS = 1 << 20
+# and up to so many multiply-adds an MLP takes less time than matrix products of PyTorch: batch 32 of 2048 channels
+FEW_PRODUCTS = 1 << 24
 
 
 class Library:

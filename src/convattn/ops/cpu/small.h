@@ -183,43 +183,78 @@ inline void gate_of(int threads, int64_t n, const float* logits, const Norm& nor
     });
 }
 
-// sums of products of a row with each of R others
-template <int R>
-inline void dots(const float* x, const float* rows, int64_t stride, int64_t n, float* found) {
-    Vec s[R];
-    for (int r = 0; r < R; ++r) s[r] = splat(0.f);
-    int64_t i = 0;
-    for (; i + W <= n; i += W) {
-        const Vec v = load(x + i);
-        for (int r = 0; r < R; ++r) s[r] += v * load(rows + r * stride + i);
-    }
-    if (i < n) {
-        const Vec v = load_some(x + i, n - i);
-        for (int r = 0; r < R; ++r) s[r] += v * load_some(rows + r * stride + i, n - i);
-    }
-    for (int r = 0; r < R; ++r) found[r] = sum_of(s[r]);
-}
-// out[r] = sum of products of x with each of some rows
-inline void all_dots(const float* x, const float* rows, int64_t count, int64_t n, float* out) {
-    int64_t r = 0;
-    for (; r + 4 <= count; r += 4) dots<4>(x, rows + r * n, n, n, out + r);
-    for (; r < count; ++r) dots<1>(x, rows + r * n, n, n, out + r);
-}
-// a row vector times a matrix of some rows of n: the elements of the vector are `stride` apart
-inline void row_times(const float* a, int64_t stride, const float* matrix, int64_t rows, int64_t n, float* out) {
-    for (int64_t i = 0; i < n; i += 4 * W) {
-        Vec s[4] = {splat(0.f), splat(0.f), splat(0.f), splat(0.f)};
-        const int64_t left = n - i;
-        for (int64_t k = 0; k < rows; ++k) {
-            const Vec v = splat(a[k * stride]);
-            const float* from = matrix + k * n + i;
-            if (left >= 4 * W)
-                for (int b = 0; b < 4; ++b) s[b] += v * load(from + b * W);
-            else
-                for (int64_t b = 0; b * W < left; ++b) s[b] += v * load_some(from + b * W, left - b * W);
+// sums of products of Q rows of x with each of R others: found[q * width + r]
+template <int Q, int R>
+inline void dots(const float* x, const float* rows, int64_t n, int64_t width, float* found) {
+    Vec s[Q][R];
+    for (int q = 0; q < Q; ++q) for (int r = 0; r < R; ++r) s[q][r] = splat(0.f);
+    auto add = [&](auto at) {
+        Vec v[Q];
+        for (int q = 0; q < Q; ++q) v[q] = at(x + q * n);
+        for (int r = 0; r < R; ++r) {
+            const Vec w = at(rows + r * n);
+            for (int q = 0; q < Q; ++q) s[q][r] += v[q] * w;
         }
-        for (int64_t b = 0; b < 4 && b * W < left; ++b) store_some(out + i + b * W, s[b], left - b * W);
-    }
+    };
+    int64_t i = 0;
+    for (; i + W <= n; i += W) add([&](const float* p) { return load(p + i); });
+    if (i < n) add([&](const float* p) { return load_some(p + i, n - i); });
+    for (int q = 0; q < Q; ++q) for (int r = 0; r < R; ++r) found[q * width + r] = sum_of(s[q][r]);
+}
+// out (count, width) = x (count, n) times the transposed of `rows` (width, n): the products of some rows in each unit of work
+inline void times_transposed(int threads, const float* x, int64_t count, const float* rows, int64_t width, int64_t n, float* out) {
+    constexpr int64_t SOME = 16;
+    parallel(threads, units(width, SOME), [&](int64_t unit) {
+        const int64_t end = std::min(width, (unit + 1) * SOME);
+        for (int64_t r = unit * SOME; r < end;) {
+            const bool four = r + 4 <= end;
+            int64_t q = 0;
+            for (; q + 2 <= count; q += 2) {
+                if (four) dots<2, 4>(x + q * n, rows + r * n, n, width, out + q * width + r);
+                else dots<2, 1>(x + q * n, rows + r * n, n, width, out + q * width + r);
+            }
+            if (q < count) {
+                if (four) dots<1, 4>(x + q * n, rows + r * n, n, width, out + q * width + r);
+                else dots<1, 1>(x + q * n, rows + r * n, n, width, out + q * width + r);
+            }
+            r += four ? 4 : 1;
+        }
+    });
+}
+// A matrix of which the element in row q and column k is at[q * row + k * column].
+struct Strided { const float* at; int64_t row, column; };
+// Q rows of the product of `a` with a matrix of some rows of n
+template <int Q>
+inline void rows_times(const Strided& a, int64_t first, const float* matrix, int64_t rows, int64_t n, float* out) {
+    const float* from[Q];
+    for (int q = 0; q < Q; ++q) from[q] = a.at + (first + q) * a.row;
+    auto block = [&](int64_t i, auto at, auto to) {
+        Vec s[Q][2];
+        for (int q = 0; q < Q; ++q) s[q][0] = s[q][1] = splat(0.f);
+        for (int64_t k = 0; k < rows; ++k) {
+            const Vec v = at(matrix + k * n + i, n - i), w = at(matrix + k * n + i + W, n - i - W);
+            for (int q = 0; q < Q; ++q) {
+                const Vec f = splat(from[q][k * a.column]);
+                s[q][0] += f * v; s[q][1] += f * w;
+            }
+        }
+        for (int q = 0; q < Q; ++q)
+            for (int j = 0; j < 2; ++j) to(out + (first + q) * n + i + j * W, s[q][j], n - i - j * W);
+    };
+    int64_t i = 0;
+    for (; i + 2 * W <= n; i += 2 * W)
+        block(i, [](const float* p, int64_t) { return load(p); }, [](float* p, Vec v, int64_t) { store(p, v); });
+    if (i < n)
+        block(i, [](const float* p, int64_t left) { return left > 0 ? load_some(p, left) : splat(0.f); },
+              [](float* p, Vec v, int64_t left) { store_some(p, v, left); });
+}
+// out (count, n) = a (count, rows) times a matrix (rows, n)
+inline void times(int threads, const Strided& a, int64_t count, const float* matrix, int64_t rows, int64_t n, float* out) {
+    parallel(threads, units(count, 4), [&](int64_t unit) {
+        int64_t q = 4 * unit;
+        if (q + 4 <= count) rows_times<4>(a, q, matrix, rows, n, out);
+        else for (; q < count; ++q) rows_times<1>(a, q, matrix, rows, n, out);
+    });
 }
 
 // A small MLP on its own, where calling for matrix products would take longer than they do: of poolings (pools, B, C) to
@@ -228,18 +263,20 @@ struct Layer { const float *weight, *bias; };
 struct Sizes { int64_t pools, b, c, width; int threads; };
 inline void mlp(const Sizes& z, const float* pooled, const Layer& one, const Layer& two, float* first, float* hidden, float* logits,
                 float* gate) {
-    const int64_t rows = z.pools * z.b;
-    parallel(z.threads, rows, [&](int64_t row) {
-        float* to = first + row * z.width;
-        all_dots(pooled + row * z.c, one.weight, z.width, z.c, to);
-        for (int64_t h = 0; h < z.width && one.bias; ++h) to[h] += one.bias[h];
-    });
-    parallel(z.threads, z.b, [&](int64_t sample) {
-        float *sum = hidden + sample * z.width, *out = logits + sample * z.c, *g = gate + sample * z.c;
+    times_transposed(z.threads, pooled, z.pools * z.b, one.weight, z.width, z.c, first);
+    for (int64_t sample = 0; sample < z.b; ++sample) {
+        float* sum = hidden + sample * z.width;
         std::fill(sum, sum + z.width, 0.f);
-        for (int64_t row = sample; row < rows; row += z.b)
-            for (int64_t h = 0; h < z.width; ++h) { const float v = first[row * z.width + h]; sum[h] += v < 0 ? 0 : v; }
-        all_dots(sum, two.weight, z.c, z.width, out);
+        for (int64_t row = sample; row < z.pools * z.b; row += z.b)
+            for (int64_t h = 0; h < z.width; ++h) {
+                float& v = first[row * z.width + h];
+                if (one.bias) v += one.bias[h];
+                sum[h] += v < 0 ? 0 : v;
+            }
+    }
+    times_transposed(z.threads, hidden, z.b, two.weight, z.c, z.width, logits);
+    parallel(z.threads, z.b, [&](int64_t sample) {
+        float *out = logits + sample * z.c, *g = gate + sample * z.c;
         for (int64_t j = 0; j < z.c && two.bias; ++j) out[j] += float(z.pools) * two.bias[j];
         for (int64_t i = 0; i < z.c; i += W) store_some(g + i, sigmoid_of(load_some(out + i, z.c - i)), z.c - i);
     });
@@ -251,36 +288,28 @@ inline void grad_mlp(const Sizes& z, const float* pooled, const float* weight, c
                      const float* hidden, const float* logits, const float* dgate, float* dpooled, const GradLayer& one,
                      const GradLayer& two) {
     const int64_t rows = z.pools * z.b;
-    std::vector<float> dlogits(size_t(z.b * z.c)), dfirst(size_t(rows * z.width));
+    std::vector<float> dlogits(size_t(z.b * z.c)), dhidden(size_t(z.b * z.width)), dfirst(size_t(rows * z.width));
     parallel(z.threads, z.b, [&](int64_t sample) {
         float* d = &dlogits[sample * z.c];
         for (int64_t i = 0; i < z.c; i += W) {
             const Vec g = sigmoid_of(load_some(logits + sample * z.c + i, z.c - i));
             store_some(d + i, load_some(dgate + sample * z.c + i, z.c - i) * (splat(1.f) - g) * g, z.c - i);
         }
-        std::vector<float> dhidden(size_t(z.width));
-        row_times(d, 1, second, z.c, z.width, dhidden.data());
-        for (int64_t row = sample; row < rows; row += z.b)
-            for (int64_t h = 0; h < z.width; ++h) {
-                // as torch: nothing passes what is not above zero, but NaN is passed
-                const int64_t at = row * z.width + h;
-                dfirst[at] = first[at] <= 0 ? 0.f : dhidden[h];
-            }
     });
-    parallel(z.threads, rows, [&](int64_t row) { row_times(&dfirst[row * z.width], 1, weight, z.width, z.c, dpooled + row * z.c); });
-    parallel(z.threads, z.width, [&](int64_t h) {
-        row_times(&dfirst[h], z.width, pooled, rows, z.c, one.weight + h * z.c);
-        if (!one.bias) return;
-        one.bias[h] = 0;
-        for (int64_t row = 0; row < rows; ++row) one.bias[h] += dfirst[row * z.width + h];
-    });
-    parallel(z.threads, z.c, [&](int64_t j) {
-        row_times(&dlogits[j], z.c, hidden, z.b, z.width, two.weight + j * z.width);
-        if (!two.bias) return;
-        float sum = 0;
-        for (int64_t sample = 0; sample < z.b; ++sample) sum += dlogits[sample * z.c + j];
-        two.bias[j] = float(z.pools) * sum;
-    });
+    times(z.threads, Strided{dlogits.data(), z.c, 1}, z.b, second, z.c, z.width, dhidden.data());
+    for (int64_t at = 0; at < rows * z.width; ++at)
+        // as torch: nothing passes what is not above zero, but NaN is passed
+        dfirst[at] = first[at] <= 0 ? 0.f : dhidden[at % (z.b * z.width)];
+    times(z.threads, Strided{dfirst.data(), z.width, 1}, rows, weight, z.width, z.c, dpooled);
+    times(z.threads, Strided{dfirst.data(), 1, z.width}, z.width, pooled, rows, z.c, one.weight);
+    times(z.threads, Strided{dlogits.data(), 1, z.c}, z.c, hidden, z.b, z.width, two.weight);
+    auto add = [](const std::vector<float>& d, int64_t rows, int64_t n, float factor, float* to) {
+        std::fill(to, to + n, 0.f);
+        for (int64_t row = 0; row < rows; ++row)
+            for (int64_t i = 0; i < n; ++i) to[i] += factor * d[size_t(row * n + i)];
+    };
+    if (one.bias) add(dfirst, rows, z.width, 1.f, one.bias);
+    if (two.bias) add(dlogits, z.b, z.c, float(z.pools), two.bias);
 }
 
 // gradients of logits, and of norm and strength into sums: weight, bias, strength
