@@ -94,6 +94,9 @@ def backward(
     sums: Maybe = None
     hats = through = None
     with _in_float32(x):
+        found = kernels.grad_at_once(x, dy, gates, strength, kept, needs_map) if norm is None else None
+        if found is not None:
+            return found
         if normed is not None:
             kernels.restore(normed)
         dchannel, dspatial, places = kernels.grad_gates(x, dy, kept.channel, kept.spatial, seen, gated)

@@ -89,7 +89,8 @@ class Gates(NamedTuple):
     def running(self, moments: Maybe) -> tuple[Maybe, Maybe]:
         """Mean and variance that the norm has used: those of the batch, or the running ones."""
         if moments is not None:
-            return moments[0:1], moments[1:2]
+            mean, var = moments.split(1)
+            return mean, var
         return (self.spatial.mean, self.spatial.var) if self.spatial else (None, None)
 
     def of(self, tensors: tuple[Maybe, ...]) -> "Gates":
@@ -167,6 +168,11 @@ class Kernels(Protocol):
 
     def at_once(self, x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe) -> tuple[Tensor, Maybe, Kept] | None:
         """The gated map, moments of the window in training, and what is kept; None where it takes step after step."""
+
+    def grad_at_once(
+        self, x: Tensor, dy: Tensor, gates: Gates, strength: Maybe, kept: Kept, needs_map: bool
+    ) -> tuple[Maybe, Maybe, tuple[Maybe, ...]] | None:
+        """What `fused.backward` returns; None where it takes step after step."""
 
     def pool(self, x: Tensor, mean: bool, maximum: bool) -> Tensor:
         """Means and maxima over positions (pools, B, C)."""

@@ -119,16 +119,14 @@ class Kernels:
         """See `gates.Kernels`."""
         mlp, window = gates.channel, gates.spatial
         batch, channels = self.batch, self.channels
+        moments = None if window is None else _moments(window)
+        given = self._gates(gates, moments)
+        if given is None:
+            return None
+        of_mlp, of_window, _ = given
         kept: list[Maybe] = [None] * 8
-        given_mlp: tuple[Maybe, ...] = _NO_MLP
-        given_window: tuple[Maybe, ...] = _NO_WINDOW
-        moments = None
         if mlp is not None:
-            found = self._mlp(mlp)
-            if found is None or "mean" not in mlp.pools:
-                return None
-            given_mlp = found
-            pools, width = given_mlp[:2]
+            pools, width = of_mlp[:2]
             kept[:5] = (
                 torch.empty((pools, batch, channels)),
                 torch.empty((pools, batch, width)),
@@ -137,10 +135,6 @@ class Kernels:
                 torch.empty((batch, channels)),
             )
         if window is not None:
-            if len(self.positions) > 2:
-                return None
-            small, moments = _in_float32(window), _moments(window)
-            given_window = self._window(window, small, moments)
             kept[5:] = (
                 torch.empty((2, batch, *self.positions)),
                 torch.empty((batch, *self.positions)),
@@ -155,12 +149,66 @@ class Kernels:
             y.data_ptr(),
             _at(strength),
             gates.parallel,
-            *given_mlp,
+            *of_mlp,
             *pointers[:5],
-            *given_window,
+            *of_window,
             *pointers[5:],
         )
         return y, moments, Kept(*kept)
+
+    def grad_at_once(
+        self, x: Tensor, dy: Tensor, gates: Gates, strength: Maybe, kept: Kept, needs_map: bool
+    ) -> tuple[Maybe, Maybe, tuple[Maybe, ...]] | None:
+        """See `gates.Kernels`."""
+        mlp, window = gates.channel, gates.spatial
+        given = None if gates.parallel and mlp is not None and window is not None else self._gates(gates, None)
+        if given is None:
+            return None
+        of_mlp, of_window, _ = given
+        by_mlp: tuple[Maybe, ...] = (None,) * 4
+        by_window: tuple[Maybe, ...] = (None,) * 3
+        if mlp is not None:
+            by_mlp = tuple([None if one is None else torch.empty_like(one) for one in mlp[3:]])
+        if window is not None:
+            norm = [None if one is None else torch.empty(1) for one in window[1:3]]
+            by_window = torch.empty(window.weight.shape), *norm
+        dx = torch.empty_like(x) if needs_map else None
+        dstrength = None if strength is None else torch.empty(1)
+        strength = _small(strength)
+        pointers = [
+            None if one is None else one.data_ptr() for one in (dx, strength, dstrength, *kept, *by_mlp, *by_window)
+        ]
+        self._call(
+            "grad_gated",
+            x.data_ptr(),
+            dy.data_ptr(),
+            *pointers[:3],
+            *of_mlp,
+            *pointers[3:8],
+            *pointers[11:15],
+            *of_window,
+            *pointers[8:11],
+            *pointers[15:],
+        )
+        return dx, dstrength, (*by_mlp, *by_window)
+
+    def _gates(self, gates: Gates, moments: Maybe) -> tuple[tuple[Maybe, ...], tuple[Maybe, ...], list[Maybe]] | None:
+        """An MLP and a window as the kernels take both in one call, and what has to live as long; None where not."""
+        mlp, window = gates.channel, gates.spatial
+        of_mlp: tuple[Maybe, ...] = _NO_MLP
+        of_window: tuple[Maybe, ...] = _NO_WINDOW
+        small: list[Maybe] = []
+        if mlp is not None:
+            found = self._mlp(mlp)
+            if found is None or "mean" not in mlp.pools:
+                return None
+            of_mlp = found
+        if window is not None:
+            if len(self.positions) > 2:
+                return None
+            small = _in_float32(window)
+            of_window = self._window(window, small, moments)
+        return of_mlp, of_window, small
 
     def mlp(self, mlp: Mlp, pooled: Tensor) -> tuple[Tensor, Kept]:
         """The channel gate (B, C) of poolings, and what is kept."""

@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <type_traits>
 #include <vector>
 #if defined(__linux__)
@@ -206,13 +207,12 @@ EXPORT void convattn_follow(int64_t c, int64_t count, double momentum, const flo
 EXPORT void convattn_window(int64_t b, WINDOW, const float* strength, const float* summary, float* window, float* spatial) {
     PATH(GATE_OF_WINDOW)
 }
+#define GRAD_OF_WINDOW \
+    grad_window(Plane{b, h, w, kh, kw, threads_of_window}, Norm{norm_weight, norm_bias, mean, var, eps}, training != 0, weight, \
+                strength, summary, window, dspatial, sums, dsummary, dweight);
 EXPORT void convattn_grad_window(int64_t b, WINDOW, const float* strength, const float* summary, const float* window,
                                  const float* dspatial, float* sums, float* dsummary, float* dweight) {
-    PATH(const int64_t n = b * h * w;
-         std::vector<float> d(static_cast<size_t>(n));
-         grad_gate_of(threads_of_window, n, window, Norm{norm_weight, norm_bias, mean, var, eps}, training != 0, strength, dspatial,
-                      d.data(), sums);
-         grad_conv(Plane{b, h, w, kh, kw, threads_of_window}, summary, weight, d.data(), dsummary, dweight))
+    PATH(GRAD_OF_WINDOW)
 }
 
 // a small MLP, forward and backward
@@ -220,6 +220,9 @@ EXPORT void convattn_grad_window(int64_t b, WINDOW, const float* strength, const
             const float* two_bias
 #define GATE_OF_MLP \
     mlp(Sizes{pools, b, c, width, threads_of_mlp}, pooled, Layer{one, one_bias}, Layer{two, two_bias}, first, hidden, logits, channel);
+#define GRAD_OF_MLP \
+    grad_mlp(Sizes{pools, b, c, width, threads_of_mlp}, pooled, one, two, first, hidden, logits, dchannel, dpooled, \
+             GradLayer{done, done_bias}, GradLayer{dtwo, dtwo_bias});
 EXPORT void convattn_mlp(int64_t b, int64_t c, MLP, const float* pooled, float* first, float* hidden, float* logits,
                          float* channel) {
     PATH(GATE_OF_MLP)
@@ -228,8 +231,7 @@ EXPORT void convattn_grad_mlp(int64_t b, int64_t c, MLP, const float* pooled, co
                               const float* logits, const float* dchannel, float* dpooled, float* done, float* done_bias,
                               float* dtwo, float* dtwo_bias) {
     (void)one_bias, (void)two_bias;
-    PATH(grad_mlp(Sizes{pools, b, c, width, threads_of_mlp}, pooled, one, two, first, hidden, logits, dchannel, dpooled,
-                  GradLayer{done, done_bias}, GradLayer{dtwo, dtwo_bias}))
+    PATH(GRAD_OF_MLP)
 }
 
 // All of a forward pass in one call, which takes a small map less time than six: a channel gate where there is `channel`,
@@ -250,5 +252,41 @@ EXPORT void convattn_grad_mlp(int64_t b, int64_t c, MLP, const float* pooled, co
              apply<type>(MAP, x, nullptr, channel, spatial, shortcut, y)) \
     }
 BOTH(DEFINE_GATED)
+
+// All of a backward pass in one call. What is null is not asked for. Not for two gates that both see the map, whose gradient
+// takes one pass more.
+#define DEFINE_GRAD_GATED(type, suffix) \
+    EXPORT void convattn_grad_gated_##suffix(SHAPE, const type* x, const type* dy, type* dx, const float* strength, float* dstrength, \
+                                             MLP, const float* pooled, const float* first, const float* hidden, \
+                                             const float* logits, const float* channel, float* done, float* done_bias, \
+                                             float* dtwo, float* dtwo_bias, WINDOW, const float* summary, const float* window, \
+                                             const float* spatial, float* dweight, float* dnorm_weight, float* dnorm_bias) { \
+        (void)one_bias, (void)two_bias; \
+        float sums[3] = {0, 0, 0}; \
+        PATH(const Piece<float> dchannel(channel ? b * c : 0), dpooled(channel ? pools * b * c : 0); \
+             const Piece<float> dspatial(spatial ? b * n : 0), dsummary(spatial ? 2 * b * n : 0); \
+             const Piece<int32_t> in_channels(spatial ? 2 * b * n : 0), in_positions(channel ? 2 * b * c : 0); \
+             const float* top_channel = spatial ? summary + b * n : nullptr; \
+             const float* top_position = dx && channel && pools > 1 ? pooled + b * c : nullptr; \
+             const bool gated = channel && spatial; \
+             grad_gates<type>(MAP, x, dy, nullptr, channel, spatial, top_channel, gated, dchannel, dspatial, in_channels); \
+             if (spatial) { GRAD_OF_WINDOW } \
+             const Maxima of_summary({top_channel, dsummary, dsummary.from(b * n), in_channels, in_channels.from(b * n)}); \
+             if (gated || top_position) \
+                 grad_summary<type>(MAP, x, nullptr, channel, gated ? &of_summary : nullptr, top_position, dchannel, \
+                                    in_positions, nullptr); \
+             if (channel) { \
+                 sums[2] += grad_blend(b * c, logits, strength, dchannel); \
+                 GRAD_OF_MLP \
+             } \
+             float* dmax = top_position ? dpooled.from(b * c) : nullptr; \
+             const Maxima of_pools({top_position, dpooled, dmax, in_positions, in_positions.from(b * c)}); \
+             if (dx) grad_input<type>(MAP, x, dy, nullptr, nullptr, channel, spatial, spatial ? &of_summary : nullptr, \
+                                      channel ? &of_pools : nullptr, dx)) \
+        if (dnorm_weight) *dnorm_weight = sums[0]; \
+        if (dnorm_bias) *dnorm_bias = sums[1]; \
+        if (dstrength) *dstrength = sums[2]; \
+    }
+BOTH(DEFINE_GRAD_GATED)
 
 }  // extern "C"

@@ -20,6 +20,7 @@ ON_MAPS = {
     "grad_summary": "*" * 11,
     "grad_input": "*" * 15,
     "gated": "****i" + MLP + "*****" + WINDOW + "***",
+    "grad_gated": "*****" + MLP + "*********" + WINDOW + "******",
 }
 # and what those on small maps take, `l` being a long number, `f` one in float32 and `d` one in float64
 ON_SMALL = {

@@ -3,6 +3,15 @@
 // the shape of a map, its order in memory, and the threads that it is worth
 struct Map { int64_t b, c, n; bool last; int threads; };
 
+// memory for so many numbers, not yet set; null for none
+template <class T>
+struct Piece {
+    std::unique_ptr<T[]> own;
+    explicit Piece(int64_t n) : own(n ? new T[size_t(n)] : nullptr) {}
+    operator T*() const { return own.get(); }
+    T* from(int64_t i) const { return own ? own.get() + i : nullptr; }
+};
+
 // positions of channels-first maps of which the running sums stay in the first cache
 constexpr int64_t TILE = 2048;
 // elements that one unit of work takes at least

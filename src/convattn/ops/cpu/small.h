@@ -18,31 +18,50 @@ struct Padded {
     const float* row(int64_t y) const { return &values[(y - top) * stride]; }
 };
 
-// rows of the sum of planes correlated with windows of kh x kw, each weight given once or `flipped`
-inline void correlate(const Padded* const* planes, int count, const float* weights, bool flipped, const Plane& p, int64_t begin,
-                      int64_t end, float* out) {
-    const int64_t w = p.w, kh = p.kh, kw = p.kw;
-    for (int64_t y = begin; y < end; ++y)
-        for (int64_t x = 0; x < w; x += 4 * W) {
-            Vec a[4] = {splat(0.f), splat(0.f), splat(0.f), splat(0.f)};
-            for (int plane = 0; plane < count; ++plane)
-                for (int64_t ky = 0; ky < kh; ++ky) {
-                    const float* row = planes[plane]->row(y + ky) + x;
-                    const float* line = weights + (plane * kh + (flipped ? kh - 1 - ky : ky)) * kw;
-                    const int64_t blocks = std::min<int64_t>(4, (w - x + W - 1) / W);
-                    if (blocks == 4)
-                        for (int64_t kx = 0; kx < kw; ++kx) {
-                            const Vec v = splat(line[flipped ? kw - 1 - kx : kx]);
-                            for (int b = 0; b < 4; ++b) a[b] += v * load(row + kx + b * W);
-                        }
-                    else
-                        for (int64_t kx = 0; kx < kw; ++kx) {
-                            const Vec v = splat(line[flipped ? kw - 1 - kx : kx]);
-                            for (int64_t b = 0; b < blocks; ++b) a[b] += v * load(row + kx + b * W);
-                        }
+// calls work(number) with a number from 1 to MOST that the compiler knows
+template <int MOST, class Work>
+inline void known(int64_t number, const Work& work) {
+    if constexpr (MOST > 1)
+        if (number < MOST) return known<MOST - 1>(number, work);
+    work(std::integral_constant<int, MOST>{});
+}
+
+// R rows of B vectors from (y, x) on of the sum of planes correlated with windows of kh x kw
+template <int R, int B>
+inline void correlate_some(const Padded* const* planes, int count, const float* weights, const Plane& p, int64_t y, int64_t x, float* out) {
+    const int64_t kh = p.kh, kw = p.kw;
+    Vec a[R][B];
+    for (int r = 0; r < R; ++r) for (int b = 0; b < B; ++b) a[r][b] = splat(0.f);
+    for (int plane = 0; plane < count; ++plane) {
+        // what a row of the plane adds to the rows from FIRST to LAST
+        auto add = [&](int64_t row, auto first, auto last) {
+            const float *seen = planes[plane]->row(y + row) + x, *line = weights + (plane * kh + row) * kw;
+            for (int64_t kx = 0; kx < kw; ++kx) {
+                Vec v[B];
+                for (int b = 0; b < B; ++b) v[b] = load(seen + kx + b * W);
+                for (int r = first; r < last; ++r) {
+                    const Vec weight = splat(line[kx - r * kw]);
+                    for (int b = 0; b < B; ++b) a[r][b] += v[b] * weight;
                 }
-            for (int b = 0; b < 4 && x + b * W < w; ++b) store_some(out + y * w + x + b * W, a[b], w - x - b * W);
-        }
+            }
+        };
+        const std::integral_constant<int, 0> none{};
+        const std::integral_constant<int, 1> one{};
+        add(0, none, one);
+        for (int64_t row = 1; row < kh; ++row) add(row, none, std::integral_constant<int, R>{});
+        if constexpr (R == 2) add(kh, one, std::integral_constant<int, 2>{});
+    }
+    for (int r = 0; r < R; ++r)
+        for (int b = 0; b < B; ++b) store_some(out + (y + r) * p.w + x + b * W, a[r][b], p.w - x - b * W);
+}
+// rows of that sum
+inline void correlate(const Padded* const* planes, int count, const float* weights, const Plane& p, int64_t begin, int64_t end, float* out) {
+    for (int64_t y = begin; y < end; y += 2)
+        for (int64_t x = 0; x < p.w; x += 4 * W)
+            known<4>(units(p.w - x, W), [&](auto blocks) {
+                if (y + 1 < end) correlate_some<2, blocks>(planes, count, weights, p, y, x, out);
+                else correlate_some<1, blocks>(planes, count, weights, p, y, x, out);
+            });
 }
 
 // into how many parts of rows each sample is cut, so that there is work for every thread
@@ -55,58 +74,56 @@ inline void conv(const Plane& p, const float* summary, const float* weight, floa
         const int64_t sample = unit / parts, part = unit % parts, begin = p.h * part / parts, end = p.h * (part + 1) / parts;
         const Padded mean(p, summary + sample * n, begin, end), max(p, summary + (p.b + sample) * n, begin, end);
         const Padded* planes[2] = {&mean, &max};
-        correlate(planes, 2, weight, false, p, begin, end, out + sample * n);
+        correlate(planes, 2, weight, p, begin, end, out + sample * n);
     });
+}
+
+// adds, for K places in a line of the window, the products of rows of a gradient with what those places have seen
+template <int K>
+inline void grad_line(const Padded& seen, const Padded& dy, const Plane& p, int64_t begin, int64_t end, int64_t ky, int64_t kx, double* found) {
+    // so many rows that a sum in float32 stays short
+    const int64_t some = std::max<int64_t>(1, 1024 / p.w);
+    for (int64_t first = begin; first < end; first += some) {
+        Vec a[K];
+        for (int i = 0; i < K; ++i) a[i] = splat(0.f);
+        for (int64_t y = first; y < std::min(end, first + some); ++y) {
+            const float *row = seen.row(y + ky) + kx, *line = dy.row(y + p.kh / 2) + p.kw / 2;
+            for (int64_t x = 0; x < p.w; x += W) {
+                const Vec d = load(line + x);
+                for (int i = 0; i < K; ++i) a[i] += d * load(row + x + i);
+            }
+        }
+        for (int i = 0; i < K; ++i) found[i] += sum_of(a[i]);
+    }
 }
 
 // gradients of the summary, (2, B, H, W), and of the weights, (2, kh, kw)
 inline void grad_conv(const Plane& p, const float* summary, const float* weight, const float* dout, float* dsummary,
                       float* dweight) {
-    const int64_t n = p.h * p.w, kh = p.kh, kw = p.kw, size = 2 * kh * kw, parts = parts_of(p);
-    std::vector<double> partial(dweight ? size_t(p.b * parts * size) : 0, 0.0);
+    const int64_t n = p.h * p.w, area = p.kh * p.kw, size = 2 * area, parts = parts_of(p);
+    std::vector<double> partial(size_t(p.b * parts * size), 0.0);
+    // the windows turned by half
+    std::vector<float> turned(static_cast<size_t>(size));
+    for (int64_t i = 0; i < size; ++i) turned[i] = weight[i / area * area + area - 1 - i % area];
     parallel(p.threads, p.b * parts, [&](int64_t unit) {
         const int64_t sample = unit / parts, part = unit % parts, begin = p.h * part / parts, end = p.h * (part + 1) / parts;
-        const float* dy = dout + sample * n;
-        if (dsummary) {
-            const Padded padded(p, dy, begin, end);
-            const Padded* planes[1] = {&padded};
-            for (int c = 0; c < 2; ++c)
-                correlate(planes, 1, weight + c * kh * kw, true, p, begin, end, dsummary + (c * p.b + sample) * n);
-        }
-        if (!dweight) return;
-        std::vector<float> line(size_t((p.w + W - 1) / W * W), 0.f);
+        const Padded dy(p, dout + sample * n, begin, end);
+        const Padded* planes[1] = {&dy};
         for (int c = 0; c < 2; ++c) {
-            const Padded padded(p, summary + (c * p.b + sample) * n, begin, end);
-            for (int64_t y = begin; y < end; ++y) {
-                std::memcpy(line.data(), dy + y * p.w, p.w * sizeof(float));
-                for (int64_t ky = 0; ky < kh; ++ky) {
-                    const float* row = padded.row(y + ky);
-                    double* found = &partial[unit * size + (c * kh + ky) * kw];
-                    for (int64_t kx = 0; kx < kw; kx += 4) {
-                        Vec a[4] = {splat(0.f), splat(0.f), splat(0.f), splat(0.f)};
-                        const int64_t many = std::min<int64_t>(4, kw - kx);
-                        if (many == 4)
-                            for (int64_t x = 0; x < p.w; x += W) {
-                                const Vec d = load(&line[x]);
-                                for (int i = 0; i < 4; ++i) a[i] += d * load(row + x + kx + i);
-                            }
-                        else
-                            for (int64_t x = 0; x < p.w; x += W) {
-                                const Vec d = load(&line[x]);
-                                for (int64_t i = 0; i < many; ++i) a[i] += d * load(row + x + kx + i);
-                            }
-                        for (int64_t i = 0; i < many; ++i) found[kx + i] += sum_of(a[i]);
-                    }
-                }
-            }
+            correlate(planes, 1, &turned[c * area], p, begin, end, dsummary + (c * p.b + sample) * n);
+            const Padded seen(p, summary + (c * p.b + sample) * n, begin, end);
+            for (int64_t ky = 0; ky < p.kh; ++ky)
+                for (int64_t kx = 0; kx < p.kw; kx += 8)
+                    known<8>(p.kw - kx, [&](auto places) {
+                        grad_line<places>(seen, dy, p, begin, end, ky, kx, &partial[unit * size + (c * p.kh + ky) * p.kw + kx]);
+                    });
         }
     });
-    if (dweight)
-        for (int64_t i = 0; i < size; ++i) {
-            double total = 0;
-            for (int64_t unit = 0; unit < p.b * parts; ++unit) total += partial[unit * size + i];
-            dweight[i] = float(total);
-        }
+    for (int64_t i = 0; i < size; ++i) {
+        double total = 0;
+        for (int64_t unit = 0; unit < p.b * parts; ++unit) total += partial[unit * size + i];
+        dweight[i] = float(total);
+    }
 }
 
 // e to the power of each number, to two units in the last place
@@ -147,19 +164,23 @@ inline void each_part(int threads, int64_t n, const Work& work) {
 // mean and variance of logits, over all of them
 inline void moments(int threads, int64_t n, const float* logits, float* mean, float* var) {
     std::vector<double> partial(size_t(units(n, PART)), 0.0);
-    auto total = [&](double around, bool squares) {
+    auto total = [&](double around, auto squares) {
         each_part(threads, n, [&](int64_t part, int64_t begin, int64_t end) {
-            double sum = 0;
-            for (int64_t i = begin; i < end; ++i) { const double d = logits[i] - around; sum += squares ? d * d : d; }
-            partial[part] = sum;
+            double sum[W] = {}, rest = 0;
+            int64_t i = begin;
+            for (; i + W <= end; i += W)
+                for (int k = 0; k < W; ++k) { const double d = logits[i + k] - around; sum[k] += squares ? d * d : d; }
+            for (; i < end; ++i) { const double d = logits[i] - around; rest += squares ? d * d : d; }
+            for (const double one : sum) rest += one;
+            partial[part] = rest;
         });
         double sum = 0;
         for (const double one : partial) sum += one;
         return sum / double(n);
     };
-    const double middle = total(0, false);
+    const double middle = total(0, std::false_type{});
     *mean = float(middle);
-    *var = float(total(middle, true));
+    *var = float(total(middle, std::true_type{}));
 }
 
 // 1 + strength * (gate - 1), where the gate is a number, and 1 elsewhere; without strength the gate itself
@@ -348,4 +369,24 @@ inline void grad_gate_of(int threads, int64_t n, const float* logits, const Norm
             store_some(dlogits + i, (d - splat(level) - (z - splat(middle)) * splat(slope)) * splat(a), end - i);
         }
     });
+}
+// from the gradient of the gate behind the convolution those of its summary and weights, and of norm and strength into sums
+inline void grad_window(const Plane& p, const Norm& norm, bool training, const float* weight, const float* strength,
+                        const float* summary, const float* logits, const float* dgate, float* sums, float* dsummary,
+                        float* dweight) {
+    const Piece<float> dlogits(p.b * p.h * p.w);
+    grad_gate_of(p.threads, p.b * p.h * p.w, logits, norm, training, strength, dgate, dlogits, sums);
+    grad_conv(p, summary, weight, dlogits, dsummary, dweight);
+}
+// from the gradient of a blended gate that of the gate, in its place; and the gradient of strength
+inline float grad_blend(int64_t n, const float* logits, const float* strength, float* dgate) {
+    if (!strength) return 0;
+    double found[W] = {}, total = 0;
+    for (int64_t i = 0; i < n; i += W) {
+        const Vec g = sigmoid_of(load_some(logits + i, n - i)), d = load_some(dgate + i, n - i);
+        add_to(found, d * (g == g ? g - splat(1.f) : splat(0.f)));
+        store_some(dgate + i, d * splat(*strength), n - i);
+    }
+    for (const double one : found) total += one;
+    return float(total);
 }

@@ -50,6 +50,9 @@ class Kernels:
     def at_once(self, x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe) -> None:
         """There is no such pass."""
 
+    def grad_at_once(self, x: Tensor, dy: Tensor, gates: Gates, strength: Maybe, kept: Kept, needs_map: bool) -> None:
+        """There is no such pass."""
+
     def pool(self, x: Tensor, mean: bool, maximum: bool) -> Tensor:
         """Means and maxima over positions (pools, B, C)."""
         found = self._small(2, self.batch, self.channels, like=x)
