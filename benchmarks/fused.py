@@ -16,7 +16,7 @@ from pathlib import Path
 HEAD = """# Fused operators
 
 Written by `python benchmarks/fused.py`. Ratios below 1 say that ours is faster; in networks they are over the network
-alone. Nothing has been measured on a GPU.
+alone. For a GPU see cuda.md.
 """
 
 

@@ -9,26 +9,45 @@ from triton.compiler import ASTSource
 
 from convattn.ops.cuda import kernels
 
-NAMES = ("pool", "summarise", "apply", "grad_gates", "grad_summary", "grad_input")
 MAPS = ("x", "y", "dy", "dx", "shortcut")
-NUMBERS = ("c", "n", "stride_c", "stride_n", "groups", "blocks_n")
+NUMBERS = {
+    "i32": "batch c n step stride_c stride_n stride_p stride_t shares others groups deep height width count",
+    "fp32": "eps momentum",
+    "*i64": "tracked",
+}
+OTHERS = {
+    "grad_gate": {"parts": "*fp64"},
+    "grad_planes": {"parts": "*fp64"},
+    "grad_logits": {"strengths": "*fp64"},
+    "finish": {"strengths": "*fp64"},
+    "follow": {"count": "fp32"},
+}
+# what is a number and no yes or no, and two memory formats
+SIZES = {"STAGES": 2, "UNROLL": 2, "STEPS": 2, "DEEP": 1, "HIGH": 7, "WIDE": 7, "ACROSS": 8, "OF_PARTS": 256}
+SIZES |= {"POOLS": 2, "FIRST": 0, "ACTIVATION": "relu", "GATE": "sigmoid"}
+SIZES |= {"BLOCK": 256, "BLOCK_H": 16, "BLOCK_B": 32}
+SIDES = ((16, 256), (64, 16))
+KERNELS = [name for name, one in vars(kernels).items() if isinstance(one, triton.JITFunction) and name[0] != "_"]
 
 
 def compiled(name: str, dtype: str, constants: dict[str, int]) -> int:
     """The number of bytes that a GPU would run."""
     kernel = getattr(kernels, name)
-    kinds = dict.fromkeys(constants, "constexpr") | dict.fromkeys(NUMBERS, "i32") | dict.fromkeys(MAPS, f"*{dtype}")
+    kinds = {one: kind for kind, several in NUMBERS.items() for one in several.split()}
+    kinds |= dict.fromkeys(MAPS, f"*{dtype}") | OTHERS.get(name, {}) | dict.fromkeys(constants, "constexpr")
     signature = {one: kinds.get(one, "*fp32") for one in kernel.arg_names}
     found = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
     return len(found.asm["cubin"])
 
 
-for name in NAMES:
-    flags = [one for one in getattr(kernels, name).arg_names if one.isupper() and not one.startswith("BLOCK")]
+for name in KERNELS:
+    given = getattr(kernels, name).arg_names
+    flags = [one for one in given if one.isupper() and one not in SIZES and not one.startswith("BLOCK")]
     alone = [{flag: flag == one for flag in flags} for one in flags]
     for constants in (dict.fromkeys(flags, False), dict.fromkeys(flags, True), *alone):
         if constants.get("GATED") and not constants.get("CHANNEL", True):
             continue
-        for dtype, sides in (("fp32", (8, 128)), ("bf16", (64, 16)), ("fp16", (64, 16))):
-            size = compiled(name, dtype, constants | dict(zip(("BLOCK_C", "BLOCK_N"), sides, strict=True)))
-            print(name, dtype, *(flag for flag, given in constants.items() if given), size)
+        for dtype, (channels, places) in zip(("fp32", "bf16", "fp16"), (*SIDES, SIDES[1]), strict=True):
+            known = SIZES | {"BLOCK_C": channels, "BLOCK_N": places}
+            size = compiled(name, dtype, constants | {one: known[one] for one in given if one in known})
+            print(name, dtype, *(flag for flag, given_ in constants.items() if given_), size)

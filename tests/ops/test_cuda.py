@@ -15,7 +15,7 @@ from convattn import ops
 from convattn.errors import BackendUnavailable
 from convattn.nn import CBAM, ChannelAttention, SpatialAttention, SqueezeExcite
 from convattn.ops import cuda, fused, reference
-from convattn.ops.gates import Gates
+from convattn.ops.gates import Gates, Norm
 from gradients_by_name import check, gradients, truth
 from tolerances import assert_close
 
@@ -92,6 +92,8 @@ def test_equal_maxima_share_their_gradient(name: str, last: bool) -> None:
     check_kernels(name, x.contiguous(memory_format=torch.channels_last) if last else x)
 
 
+# the interpreter's numpy says so of what a GPU is silent about
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["se", "channel", "spatial", "cbam"])
 def test_what_is_no_number_goes_where_it_goes_in_the_reference(name: str, value: float) -> None:
@@ -128,6 +130,55 @@ def test_a_shortcut(last: bool) -> None:
     y, _ = fused.gated(cuda.Kernels, x, gates, None, other)
     with ops.use("reference"):
         assert_close(y, torch.relu(module(x) + other))
+
+
+@pytest.mark.parametrize("name", [one for one in BUILDS if one != "spatial" and one != "cbam, parallel"])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_norm_rides_along(name: str, last: bool, training: bool) -> None:
+    check_norm(name, 3 * torch.randn(3, 6, 7, 5) + 2, last, training)
+
+
+@pytest.mark.parametrize("shape", [(2, 70, 13, 11), (40, 9, 3, 3), (2, 9, 17, 19), (2, 5, 300), (2, 4, 3, 4, 5)])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_norm_of_more_than_a_block_and_less(shape: tuple[int, ...], last: bool) -> None:
+    check_norm("cbam", torch.randn(shape), last, training=True)
+
+
+def check_norm(name: str, u: torch.Tensor, last: bool, training: bool) -> None:
+    u = (u.movedim(1, -1).contiguous().movedim(-1, 1) if last else u).to(DEVICE)
+    channels, dimensions = u.shape[1], u.dim() - 2
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dimensions - 1](channels)
+    module = nn.Sequential(norm, built(name, channels, dimensions)).to(DEVICE).train(training)
+    for one in (norm.weight, norm.bias, norm.running_mean):
+        nn.init.normal_(one)
+    nn.init.uniform_(norm.running_var, 0.5, 2)
+    dy = torch.randn_like(u)
+    given = Norm(norm.weight, norm.bias, norm.running_mean, norm.running_var, training, norm.eps)
+    leaf = u.detach().requires_grad_()
+    y, _, moments = fused.normed(cuda.Kernels, leaf, given, described(module[1]), module[1].strength)
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    found = torch.autograd.grad(y, [leaf, *parameters], dy)
+    assert y.stride() == u.stride()
+    check(module, u, dy, dict(zip(["y", "x", *names], [y.detach(), *found], strict=True)))
+    if training:
+        dims = [0, *range(2, u.dim())]
+        assert_close(moments, torch.stack([u.mean(dims), u.var(dims, correction=0)]))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_follow(momentum: float | None) -> None:
+    norm = nn.BatchNorm2d(70, momentum=momentum).to(DEVICE)
+    other = copy.deepcopy(norm)
+    for _ in range(3):
+        u = torch.randn(4, 70, 5, 3, device=DEVICE) + 1
+        moments = torch.stack([u.mean([0, 2, 3]), u.var([0, 2, 3], correction=0)])
+        norm(u)
+        version = other.running_mean._version
+        cuda.follow(other.running_mean, other.running_var, other.num_batches_tracked, momentum, moments, 60)
+        assert other.running_mean._version > version
+    for name, one in norm.state_dict().items():
+        assert_close(other.state_dict()[name], one)
 
 
 def test_mean_max_pooling() -> None:
@@ -170,4 +221,4 @@ def test_they_compile_for_a_gpu() -> None:
     run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     kernels = {line.split()[0] for line in run.stdout.splitlines()}
-    assert kernels == {"pool", "summarise", "apply", "grad_gates", "grad_summary", "grad_input"}
+    assert {"pool", "normalise", "summarise", "apply", "grad_gates", "grad_summary", "grad_input"} <= kernels

@@ -64,6 +64,7 @@ Examples:
   convattn bench --op se --against timm,torchvision
   convattn bench --network timm:resnet50 --shapes 16x256x28x28
   THP_MEM_ALLOC_ENABLE=0 convattn bench --against timm,compile,plain
+  convattn bench --device cuda --dtype bfloat16 --network resnet50 --batch 128
 """
 
 SHOW_EXAMPLES = """\b
@@ -258,6 +259,8 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Rounds of the candidates.")] = 11,
     batch: Annotated[int, typer.Option(help="Images for the network.")] = 8,
     image_size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 224,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; the network's under autocast.")] = "float32",
     out: Annotated[Path, typer.Option(help="Folder for results.json, table.md and figure.svg.")] = Path("bench"),
 ) -> None:
     """Measure what attention costs on this machine beside what others ask for it. Ctrl-C keeps what is measured."""
@@ -275,10 +278,12 @@ def bench(
             op,
             network=None if network == "none" else network,
             against=names,
-            shapes=measuring.SHAPES if given is None else given,
+            shapes=given,
             repeats=repeats,
             batch=batch,
             side=image_size,
+            device=device,
+            dtype=dtype,
             said=lambda line: sys.stderr.write(line + "\n"),
             result=result,
         )

@@ -91,7 +91,8 @@ class Gate(OnMaps):
         """What `forward` makes of `layer(u)`, for a batch norm, in fewer passes and keeping no map but `u`.
 
         None where the layer is another one, where someone watches one of both, where no fused operator serves the map,
-        and while `strength` is 0, since norms that are computed in another order differ in the last bit.
+        and while `strength` is 0 (on CUDA: where there is one), since norms that are computed in another order differ
+        in the last bit.
         """
         norm = described_norm(layer) if ops.takes_norms(u) and plain(self) else None
         if norm is None or "forward" in self.__dict__:
@@ -100,7 +101,10 @@ class Gate(OnMaps):
         if gates is None or u.dim() != self.dimensions + 2 or u.shape[1] != self.channels or u.numel() == 0:
             return None
         count = u.numel() // u.shape[1]
-        if count == 1 or (self.strength is not None and not self.strength.any()):
+        if count == 1:
+            return None
+        # to look at a number on a GPU is to wait for all that is computed there
+        if self.strength is not None and (self.strength.is_cuda or not self.strength.any()):
             return None
         found = ops.normed(u, norm, gates, self.strength)
         if found is None:

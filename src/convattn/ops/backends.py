@@ -57,8 +57,7 @@ def choice(x: torch.Tensor) -> str:
     wanted = asked()
     if wanted == REFERENCE:
         return REFERENCE
-    # on CUDA nothing was measured yet: only for whoever asks
-    backend = wanted or CPU
+    backend = wanted or (CUDA if x.is_cuda else CPU)
     why = _watched(x) or _PLACES[backend].why_not_for(x)
     if why is None:
         return backend
@@ -124,7 +123,7 @@ def gated(
 
 def takes_norms(u: torch.Tensor) -> bool:
     """Whether a norm of this map can ride along in the passes of the gates behind it, see `normed`."""
-    return not torch.compiler.is_compiling() and asked() in (None, CPU) and choice(u) == CPU
+    return not torch.compiler.is_compiling() and asked() != REFERENCE and choice(u) != REFERENCE
 
 
 def normed(
@@ -138,7 +137,7 @@ def normed(
     """
     if not _alike(u, gates) or any(one is not None and one.dtype is not torch.float32 for one in norm[:4]):
         return None
-    return fused.normed(cpu.Kernels, u, norm, gates, strength)
+    return fused.normed(_PLACES[choice(u)].Kernels, u, norm, gates, strength)
 
 
 def follow(
@@ -155,8 +154,11 @@ def follow(
     PyTorch's operators for it take longer than all that is computed of a small map.
     """
     running = (mean, var, tracked)
-    if not torch.compiler.is_compiling() and cpu.takes_running(*running, moments):
-        return cpu.follow(*running, momentum, moments, count)
+    if not torch.compiler.is_compiling():
+        if cpu.takes_running(*running, moments):
+            return cpu.follow(*running, momentum, moments, count)
+        if asked() in (None, CUDA) and cuda.takes_running(*running, moments):
+            return cuda.follow(*running, momentum, moments, count)
     tracked.add_(1)
     momentum = 1 / int(tracked) if momentum is None else momentum
     with torch.no_grad():

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from convattn.ops import backends, cpu
+from convattn.ops import backends, cpu, cuda
 from convattn.ops.cpu import library
 
 # what users pass most, and what is served by plain PyTorch alone
@@ -83,7 +83,6 @@ def _pages() -> str:
 def _cuda() -> str:
     if not torch.cuda.is_available():
         return "not available"
-    return (
-        f"{torch.cuda.get_device_name()}: served by reference; {backends.VARIABLE}=cuda asks for fused operators in "
-        f"Triton, which were tested in its interpreter and not measured on a GPU"
-    )
+    why = cuda.why_not_for(torch.empty((1, 1, 1, 1), device="cuda"))
+    served = "served by fused operators in Triton" if why is None else f"served by reference, since cuda is not: {why}"
+    return f"{torch.cuda.get_device_name()}: {served} (measured on an H200 only: benchmarks/results/cuda.md)"

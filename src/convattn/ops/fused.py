@@ -46,9 +46,9 @@ def forward(
     """
     mlp, window, moments, kept, normed = gates.channel, gates.spatial, None, Kept(), None
     with _in_float32(x):
-        found = kernels.at_once(x, gates, strength, shortcut) if norm is None else None
+        found = kernels.at_once(x, gates, strength, shortcut, norm)
         if found is not None:
-            return *found, None
+            return found
         if mlp is not None:
             mean, maximum = "mean" in mlp.pools, "max" in mlp.pools
             if norm is None:
@@ -94,7 +94,7 @@ def backward(
     sums: Maybe = None
     hats = through = None
     with _in_float32(x):
-        found = kernels.grad_at_once(x, dy, gates, strength, kept, needs_map) if norm is None else None
+        found = kernels.grad_at_once(x, dy, gates, strength, kept, needs_map, norm, normed)
         if found is not None:
             return found
         if normed is not None:
@@ -111,7 +111,7 @@ def backward(
             places, hats = kernels.grad_summary(x, kept.channel, by_summary, maximum, dchannel)
         if normed is not None:
             sums = dchannel
-            dchannel = sums[0] * normed.affine[2] + sums[1] * normed.affine[3]
+            dchannel = torch.addcmul(sums[1] * normed.affine[3], sums[0], normed.affine[2])
         if mlp is not None:
             if strength is not None:
                 less = torch.nan_to_num(gate_of(mlp, kept) - 1)
@@ -126,9 +126,9 @@ def backward(
                 places if maximum is not None else None,
             )
         if norm is not None and normed is not None:
-            dnorm = _grad_norm(kept.channel, normed.hat, sums, pools[1], pools[2], hats)
+            dnorm, through = kernels.grad_norm(kept.channel, normed, sums, pools[1], pools[2], hats)
             by_norm = tuple(dnorm)
-            through = dnorm.flip(0) * (kept.channel.numel() / x.numel() / len(x)) if norm.training else None
+            through = through if norm.training else None
         dx = None
         if needs_map:
             nothing = (None,) * 4
@@ -138,16 +138,6 @@ def backward(
             if aside:
                 dx += kernels.grad_input(x, None, None, None, summary, nothing)
     return dx, dstrength, (*by_mlp, *by_window, *by_norm)
-
-
-def _grad_norm(channel: Tensor, hat: Tensor, sums: Tensor, dmean: Maybe, dmax: Maybe, hats: Maybe) -> Tensor:
-    """Gradients of a norm's weight and bias (2, C): the sums of the map's gradient times hat, and of itself."""
-    found = channel * sums
-    if dmean is not None:
-        found += torch.stack([dmean * hat, dmean])
-    if dmax is not None:
-        found += torch.stack([dmax * hats, dmax])
-    return found.sum(1, dtype=torch.float64).float()
 
 
 @contextmanager
@@ -330,10 +320,8 @@ class MeanMax(torch.autograd.Function):
             (dx,) = gradients(lambda x: [reference.mean_max(x)], [x], [dpooled])
             return dx, None
         kernels = ctx.kernels(x)
-        dmean, dmax = (half.float().contiguous() for half in dpooled.chunk(2, dim=1))
-        places, _ = kernels.grad_summary(x, None, (None,) * 4, pooled[1], None)
-        nothing = (None,) * 4
-        return kernels.grad_input(x, None, None, None, nothing, (pooled[1], dmean, dmax, places)), None
+        halves = torch.stack([half.float() for half in dpooled.chunk(2, dim=1)])
+        return kernels.grad_pool(x, pooled, halves), None
 
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}

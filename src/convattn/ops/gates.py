@@ -116,6 +116,8 @@ class Kept(NamedTuple):
     window: Maybe = None
     # the spatial gate as it is multiplied (B, *spatial)
     spatial: Maybe = None
+    # all of this in one piece, and in an order that is known to the kernels that compute all at once
+    together: Maybe = None
 
 
 class Norm(NamedTuple):
@@ -142,14 +144,14 @@ class Norm(NamedTuple):
 
 
 class Normed(NamedTuple):
-    """What the backward pass needs of a norm, in float32: the map is weight * hat + bias."""
+    """What the backward pass needs of a norm, in float32, unless `Kept` has it: the map is weight * hat + bias."""
 
     # inverse and offset, with which hat = inverse * u + offset, and weight and bias (4, C)
-    affine: Tensor
+    affine: Maybe
     # mean and biased variance that it has used (2, C)
     moments: Tensor
     # means of hat (B, C)
-    hat: Tensor
+    hat: Maybe
 
 
 class Kernels(Protocol):
@@ -166,13 +168,35 @@ class Kernels(Protocol):
     def restore(self, kept: Normed) -> None:
         """The same again in the backward pass."""
 
-    def at_once(self, x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe) -> tuple[Tensor, Maybe, Kept] | None:
-        """The gated map, moments of the window in training, and what is kept; None where it takes step after step."""
+    def grad_norm(
+        self, channel: Tensor, normed: Normed, sums: Tensor, dmean: Maybe, dmax: Maybe, hats: Maybe
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of a norm's weight and bias (2, C), and what `grad_input` takes to go through it.
+
+        From the gate (B, C) of the map behind the norm, the sums of `grad_gates`, the gradients of the poolings and the
+        means of hat at their maxima.
+        """
+
+    def at_once(
+        self, x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe, norm: Norm | None
+    ) -> tuple[Tensor, Maybe, Kept, Normed | None] | None:
+        """What `fused.forward` returns; None where it takes step after step."""
 
     def grad_at_once(
-        self, x: Tensor, dy: Tensor, gates: Gates, strength: Maybe, kept: Kept, needs_map: bool
+        self,
+        x: Tensor,
+        dy: Tensor,
+        gates: Gates,
+        strength: Maybe,
+        kept: Kept,
+        needs_map: bool,
+        norm: Norm | None,
+        normed: Normed | None,
     ) -> tuple[Maybe, Maybe, tuple[Maybe, ...]] | None:
         """What `fused.backward` returns; None where it takes step after step."""
+
+    def grad_pool(self, x: Tensor, pooled: Tensor, dpooled: Tensor) -> Tensor:
+        """The gradient of the map by its means and maxima over positions (2, B, C)."""
 
     def pool(self, x: Tensor, mean: bool, maximum: bool) -> Tensor:
         """Means and maxima over positions (pools, B, C)."""

@@ -108,6 +108,12 @@ class Kernels:
         """Let a norm ride along in all that follows."""
         self.norm = kept.affine.data_ptr()
 
+    def grad_norm(
+        self, channel: Tensor, normed: Normed, sums: Tensor, dmean: Maybe, dmax: Maybe, hats: Maybe
+    ) -> tuple[Tensor, Tensor]:
+        """See `gates.Kernels`."""
+        return between.grad_norm(channel, normed, sums, dmean, dmax, hats, self.batch * self.shape[2])
+
     def pool(self, x: Tensor, mean: bool, maximum: bool) -> Tensor:
         """Means and maxima over positions (pools, B, C)."""
         found = torch.empty((2, self.batch, self.channels), dtype=torch.float32)
@@ -115,8 +121,12 @@ class Kernels:
         self._call("pool", x.data_ptr(), at, at + 4 * self.batch * self.channels if maximum else None)
         return found if mean and maximum else found[:1] if mean else found[1:]
 
-    def at_once(self, x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe) -> tuple[Tensor, Maybe, Kept] | None:
+    def at_once(
+        self, x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe, norm: Norm | None
+    ) -> tuple[Tensor, Maybe, Kept, None] | None:
         """See `gates.Kernels`."""
+        if norm is not None:
+            return None
         mlp, window = gates.channel, gates.spatial
         batch, channels = self.batch, self.channels
         moments = None if window is None else _moments(window)
@@ -154,14 +164,23 @@ class Kernels:
             *of_window,
             *pointers[5:],
         )
-        return y, moments, Kept(*kept)
+        return y, moments, Kept(*kept), None
 
     def grad_at_once(
-        self, x: Tensor, dy: Tensor, gates: Gates, strength: Maybe, kept: Kept, needs_map: bool
+        self,
+        x: Tensor,
+        dy: Tensor,
+        gates: Gates,
+        strength: Maybe,
+        kept: Kept,
+        needs_map: bool,
+        norm: Norm | None,
+        normed: Normed | None,
     ) -> tuple[Maybe, Maybe, tuple[Maybe, ...]] | None:
         """See `gates.Kernels`."""
         mlp, window = gates.channel, gates.spatial
-        given = None if gates.parallel and mlp is not None and window is not None else self._gates(gates, None)
+        aside = gates.parallel and mlp is not None and window is not None
+        given = None if aside or norm is not None else self._gates(gates, None)
         if given is None:
             return None
         of_mlp, of_window, _ = given
@@ -170,13 +189,13 @@ class Kernels:
         if mlp is not None:
             by_mlp = tuple([None if one is None else torch.empty_like(one) for one in mlp[3:]])
         if window is not None:
-            norm = [None if one is None else torch.empty(1) for one in window[1:3]]
-            by_window = torch.empty(window.weight.shape), *norm
+            of_norm = [None if one is None else torch.empty(1) for one in window[1:3]]
+            by_window = torch.empty(window.weight.shape), *of_norm
         dx = torch.empty_like(x) if needs_map else None
         dstrength = None if strength is None else torch.empty(1)
         strength = _small(strength)
         pointers = [
-            None if one is None else one.data_ptr() for one in (dx, strength, dstrength, *kept, *by_mlp, *by_window)
+            None if one is None else one.data_ptr() for one in (dx, strength, dstrength, *kept[:8], *by_mlp, *by_window)
         ]
         self._call(
             "grad_gated",
@@ -209,6 +228,11 @@ class Kernels:
             small = _in_float32(window)
             of_window = self._window(window, small, moments)
         return of_mlp, of_window, small
+
+    def grad_pool(self, x: Tensor, pooled: Tensor, dpooled: Tensor) -> Tensor:
+        """The gradient of the map by its means and maxima over positions (2, B, C)."""
+        places, _ = self.grad_summary(x, None, (None,) * 4, pooled[1], None)
+        return self.grad_input(x, None, None, None, (None,) * 4, (pooled[1], dpooled[0], dpooled[1], places))
 
     def mlp(self, mlp: Mlp, pooled: Tensor) -> tuple[Tensor, Kept]:
         """The channel gate (B, C) of poolings, and what is kept."""

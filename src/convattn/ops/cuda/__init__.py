@@ -1,164 +1,182 @@
-"""The kernels of `kernels.py`, in Triton, as `fused` asks for them.
-
-Tested in Triton's interpreter, and not measured on a GPU yet: they serve only where they are asked for, by
-`ops.use("cuda")` or CONVATTN_BACKEND=cuda.
-"""
+"""The kernels of `kernels.py`, in Triton, as `fused` asks for them: whole passes, in the order of `plans.py`."""
 
 import importlib.util
 from typing import Any
 
 import torch
 
-from convattn.ops import between
-from convattn.ops.gates import Gates, Kept, Mlp, Window
+from convattn.ops.gates import Gates, Kept, Norm, Normed
 
 Tensor = torch.Tensor
 Maybe = Any
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# enough for a GPU to be busy
-PROGRAMS = 512
 
 
 def why_not_for(x: Tensor) -> str | None:
     """Why a map is not served; None where it is."""
     if x.device.type != "cuda":
         return f"it is for maps on a CUDA device, not on {x.device.type}"
-    if importlib.util.find_spec("triton") is None:
+    if not _there():
         return "it takes the package triton"
     if x.dtype not in DTYPES:
         return f"it is for float32, float16 and bfloat16, not for {str(x.dtype).removeprefix('torch.')}"
     return "the map is empty" if x.numel() == 0 else None
 
 
+def _there(found: list[bool] = []) -> bool:  # noqa: B006
+    """Whether Triton is there; to look takes longer than a kernel."""
+    if not found:
+        found.append(importlib.util.find_spec("triton") is not None)
+    return found[0]
+
+
+def takes_running(*tensors: Tensor) -> bool:
+    """Whether `follow` serves these."""
+    if not all(type(one) is Tensor and one.is_cuda and one.is_contiguous() for one in tensors):
+        return False
+    return _there() and not any(one.is_inference() for one in tensors)
+
+
+def follow(mean: Tensor, var: Tensor, tracked: Tensor, momentum: float | None, moments: Tensor, count: int) -> None:
+    """Let a norm's running mean and variance follow those of so many values: see `backends.follow`."""
+    from convattn.ops.cuda import kernels, plans
+
+    form = plans.Form(
+        *(1, mean.numel(), (), False, mean.device.index),
+        (("x", mean.dtype), ("var", var.dtype)),
+        running=(0.0 if momentum is None else momentum, float(count), momentum is None),
+    )
+    tensors = {"x": mean, "var": var, "tracked": tracked, "moments": moments, "kept": moments, "scratch": moments}
+    with _on(mean.device):
+        plans.following(form).run(tensors, kernels)
+    # whoever has kept one for a gradient is told that it has changed
+    torch.autograd.graph.increment_version((mean, var, tracked))
+
+
 class Kernels:
     """See `gates.Kernels`. Where maxima are is asked of the map again; what is kept is in how many places each is."""
 
     def __init__(self, x: Tensor) -> None:
-        # imported where it is needed: it takes time, and is not there for every system
-        from convattn.ops.cuda import kernels
+        # imported where they are needed: it takes time, and Triton is not there for every system
+        from convattn.ops.cuda import kernels, plans
 
-        self.kernels = kernels
-        self.batch, self.channels = x.shape[:2]
-        self.positions = x.shape[2:]
-        count = x.numel() // (self.batch * self.channels)
-        last = not x.is_contiguous()
-        # the sides of a block: the longer one along what lies together in memory
-        self.sides = {"BLOCK_C": 64, "BLOCK_N": 16} if last else {"BLOCK_C": 8, "BLOCK_N": 128}
-        self.shape = (self.channels, count, *((1, self.channels) if last else (count, 1)))
-        self.blocks_c, self.blocks_n = -(-self.channels // self.sides["BLOCK_C"]), -(-count // self.sides["BLOCK_N"])
+        self.kernels, self.plans = kernels, plans
+        self.device = x.device
+        self.form = (*x.shape[:2], tuple(x.shape[2:]), not x.is_contiguous(), x.device.index)
 
-    def at_once(self, x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe) -> None:
-        """There is no such pass."""
+    def at_once(
+        self, x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe, norm: Norm | None
+    ) -> tuple[Tensor, Maybe, Kept, Normed | None]:
+        """See `gates.Kernels`."""
+        window = gates.spatial
+        tensors = {"x": x, "shortcut": shortcut, "strength": strength} | _tensors(gates, norm)
+        moments = of_norm = None
+        if window is not None:
+            tensors |= {"mean": window.mean, "var": window.var}
+            if window.training and window.mean is not None:
+                moments = tensors["moments"] = self._empty(2)
+        if norm is not None:
+            of_norm = tensors["bn_moments"] = self._empty(2, x.shape[1])
+            tensors |= {"bn_mean": norm.mean, "bn_var": norm.var}
+        y = tensors["y"] = torch.empty_like(x)
+        kept = self._run(self.plans.forward, tensors, gates, norm)
+        return y, moments, Kept(together=kept), None if of_norm is None else Normed(None, of_norm, None)
 
-    def grad_at_once(self, x: Tensor, dy: Tensor, gates: Gates, strength: Maybe, kept: Kept, needs_map: bool) -> None:
-        """There is no such pass."""
+    def grad_at_once(
+        self,
+        x: Tensor,
+        dy: Tensor,
+        gates: Gates,
+        strength: Maybe,
+        kept: Kept,
+        needs_map: bool,
+        norm: Norm | None,
+        normed: Normed | None,
+    ) -> tuple[Maybe, Maybe, tuple[Maybe, ...]]:
+        """See `gates.Kernels`."""
+        given = _tensors(gates, norm)
+        grads = {f"grad_{name}": torch.empty_like(one) for name, one in given.items() if one is not None}
+        if strength is not None:
+            grads["grad_strength"] = torch.empty_like(strength)
+        dx = torch.empty_like(x) if needs_map else None
+        window = gates.spatial
+        # of a norm between the logits and the gate, parameters or not
+        tensors = {"mean": kept.together if window is not None and window.mean is not None else None}
+        tensors |= {"x": x, "dy": dy, "strength": strength, "dx": dx} | given | grads
+        self._run(self.plans.backward, tensors, gates, norm, kept.together)
+        return dx, grads.get("grad_strength"), tuple([grads.get(f"grad_{name}") for name in given])
 
     def pool(self, x: Tensor, mean: bool, maximum: bool) -> Tensor:
         """Means and maxima over positions (pools, B, C)."""
-        found = self._small(2, self.batch, self.channels, like=x)
-        self.kernels.pool[self.blocks_c, self.batch](x, found[0], found[1], *self.shape, **self.sides)
-        return found if mean and maximum else found[:1] if mean else found[1:]
+        found: Tensor = self._run(self.plans.pooling, {"x": x}, Gates(None, None), None)
+        found = found[: 2 * x.shape[0] * x.shape[1]].view(2, *x.shape[:2])
+        return found[0 if mean else 1 : 2 if maximum else 1]
 
-    def mlp(self, mlp: Mlp, pooled: Tensor) -> tuple[Tensor, Kept]:
-        """The channel gate (B, C) of poolings, and what is kept."""
-        return between.mlp(mlp, pooled)
-
-    def grad_mlp(self, mlp: Mlp, kept: Kept, dgate: Tensor) -> tuple[Tensor, tuple[Maybe, ...]]:
-        """Gradients of the poolings, and of the weights and biases."""
-        return between.grad_mlp(mlp, kept, dgate)
-
-    def summarise(self, x: Tensor, channel: Maybe) -> Tensor:
-        """Means and maxima over channels (2, B, *spatial)."""
-        found = self._small(2, self.batch, *self.positions, like=x)
-        grid = self.blocks_n, self.batch
-        gated = {"GATED": channel is not None}
-        self.kernels.summarise[grid](x, _or(channel, x), found[0], found[1], *self.shape, **gated, **self.sides)
-        return found
-
-    def apply(self, x: Tensor, channel: Maybe, spatial: Maybe, shortcut: Maybe) -> Tensor:
-        """The map times its gates; with a shortcut relu(that + shortcut)."""
-        y = torch.empty_like(x)
-        there = {"CHANNEL": channel is not None, "SPATIAL": spatial is not None, "SHORTCUT": shortcut is not None}
-        given = (x, _or(channel, x), _or(spatial, x), _or(shortcut, x), y)
-        self.kernels.apply[self.blocks_n, self.blocks_c, self.batch](*given, *self.shape, **there, **self.sides)
-        return y
-
-    def grad_gates(
-        self, x: Tensor, dy: Tensor, channel: Maybe, spatial: Maybe, maximum: Maybe, gated: bool
-    ) -> tuple[Maybe, Maybe, Maybe]:
-        """Gradients of the gates, and in how many places the given maxima over channels are."""
-        # a part of each sum from each block, then their sum: the same in every run
-        by_channel = self._small(self.batch, self.blocks_n, self.channels, like=x)
-        groups = min(self.blocks_c, -(-PROGRAMS // (self.batch * self.blocks_n)))
-        by_place = self._small(2, self.batch, groups, self.shape[1], like=x)
-        there = {"CHANNEL": channel is not None, "SPATIAL": spatial is not None, "GATED": gated}
-        given = (x, dy, _or(channel, x), _or(spatial, x), _or(maximum, x), by_channel, by_place[0], by_place[1])
-        self.kernels.grad_gates[self.blocks_n, groups, self.batch](
-            *given, *self.shape, groups, self.blocks_n, **there, COUNT=maximum is not None, **self.sides
-        )
-        return (
-            None if channel is None else by_channel.sum(1),
-            None if spatial is None else by_place[0].sum(1).view(spatial.shape),
-            None if maximum is None else by_place[1].sum(1).view(maximum.shape),
-        )
-
-    def grad_summary(
-        self, x: Tensor, channel: Maybe, summary: tuple[Maybe, ...], maximum: Maybe, dchannel: Maybe
-    ) -> tuple[Maybe, Maybe]:
-        """Add to the gradient of the channel gate what comes by the summary; count the maxima over positions."""
-        seen, dmean, dmax, places = summary
-        count = None if maximum is None else torch.empty_like(maximum)
-        share = None if places is None else dmax / places
-        mean = None if dmean is None else dmean / self.channels
-        there = {"SUMMARY": seen is not None, "GATED": channel is not None, "COUNT": maximum is not None}
-        given = (x, *(_or(one, x) for one in (channel, seen, mean, share, maximum, dchannel, count)))
-        self.kernels.grad_summary[self.blocks_c, self.batch](*given, *self.shape, **there, **self.sides)
-        return count, None
-
-    def grad_input(
-        self,
-        x: Tensor,
-        dy: Maybe,
-        channel: Maybe,
-        spatial: Maybe,
-        summary: tuple[Maybe, ...],
-        pools: tuple[Maybe, ...],
-        through: Maybe = None,
-    ) -> Tensor:
-        """The gradient of the map."""
+    def grad_pool(self, x: Tensor, pooled: Tensor, dpooled: Tensor) -> Tensor:
+        """The gradient of the map by means and maxima (2, B, C)."""
         dx = torch.empty_like(x)
-        seen, dmean, dmax, places = summary
-        top, dpmean, dpmax, counts = pools
-        mean, share = (None, None) if seen is None else (dmean / self.channels, dmax / places)
-        pooled = None if dpmean is None else dpmean / self.shape[1]
-        pool_share = None if dpmax is None else dpmax / counts
-        there = {
-            "GIVEN": dy is not None,
-            "CHANNEL": channel is not None,
-            "SPATIAL": spatial is not None,
-            "SUMMARY": seen is not None,
-            "POOL_MEAN": pooled is not None,
-            "POOL_MAX": pool_share is not None,
-        }
-        small = (dy, channel, spatial, seen, mean, share, top, pooled, pool_share)
-        given = (x, *(_or(one, x) for one in small), dx)
-        self.kernels.grad_input[self.blocks_n, self.blocks_c, self.batch](*given, *self.shape, **there, **self.sides)
+        tensors = {"x": x, "top": pooled[1].contiguous(), "given": dpooled, "dx": dx}
+        self._run(self.plans.grad_pooling, tensors, Gates(None, None), None)
         return dx
 
-    def window(self, planes: Tensor, window: Window, strength: Maybe) -> tuple[Tensor, Tensor, Maybe]:
-        """The spatial gate, the logits behind the convolution, and their moments in training."""
-        return between.window(planes, window, strength)
+    def _run(self, planned: Any, tensors: dict[str, Maybe], gates: Gates, norm: Norm | None, kept: Maybe = None) -> Any:
+        """Compute by a plan; what is kept."""
+        mlp, window = gates.channel, gates.spatial
+        tensors = {name: one for name, one in tensors.items() if one is not None}
+        strides = (1, 1)
+        if mlp is not None:
+            tensors["first"], tensors["second"] = mlp.first.contiguous(), mlp.second.contiguous()
+        if window is not None:
+            tensors["weight"], strides = _window(window.weight)
+        form = self.plans.Form._make(
+            (
+                *self.form,
+                tuple([(name, one.dtype) for name, one in tensors.items()]),
+                None if mlp is None else (mlp.pools, mlp.activation, mlp.gate, len(mlp.first)),
+                None if window is None else (tuple(window.weight.shape[2:]), strides, window.training, window.eps),
+                gates.parallel,
+                None if norm is None else (norm.training, norm.eps),
+                None,
+            )
+        )
+        plan = planned(form)
+        tensors["kept"] = self._empty(plan.sizes["kept"] or 1) if kept is None else kept
+        tensors["scratch"] = self._empty(plan.sizes["scratch"] or 1)
+        with _on(self.device):
+            plan.run(tensors, self.kernels)
+        return tensors["kept"]
 
-    def grad_window(
-        self, planes: Tensor, window: Window, strength: Maybe, kept: Kept, dgate: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the planes, of the weight, and of norm weight, norm bias and strength together (3)."""
-        return between.grad_window(planes, window, strength, kept, dgate)
-
-    def _small(self, *sizes: int, like: Tensor) -> Tensor:
-        return torch.empty(sizes, dtype=torch.float32, device=like.device)
+    def _empty(self, *sizes: int) -> Tensor:
+        return torch.empty(sizes, dtype=torch.float32, device=self.device)
 
 
-def _or(one: Maybe, other: Tensor) -> Tensor:
-    """A tensor for a place that is not read where there is none."""
-    return other if one is None else one
+def _tensors(gates: Gates, norm: Norm | None) -> dict[str, Maybe]:
+    """All that gradients are computed for, by name, in the order of `Gates.tensors` and `Norm.tensors`."""
+    names = ["first", "first_bias", "second", "second_bias", "weight", "norm_weight", "norm_bias"]
+    found = dict(zip(names, gates.tensors(), strict=True))
+    return found if norm is None else found | {"bn_weight": norm.weight, "bn_bias": norm.bias}
+
+
+def _window(weight: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """A window's weight and the strides of its planes and taps."""
+    if not weight.is_contiguous() and weight.movedim(1, -1).is_contiguous():
+        return weight, (1, 2)
+    return weight.contiguous(), (weight[0, 0].numel(), 1)
+
+
+class _Nothing:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+_NOTHING = _Nothing()
+
+
+def _on(device: torch.device) -> Any:
+    """The device on which Triton starts its kernels."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(device)
