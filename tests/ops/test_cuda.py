@@ -1,11 +1,14 @@
 """The operators in Triton against plain PyTorch: in Triton's interpreter, or on a GPU where TRITON_INTERPRET is 0."""
 
 import copy
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -213,6 +216,20 @@ def test_they_serve_cuda_and_only_where_they_are_asked_for() -> None:
         ops.choice(x)
     meta = torch.empty(1, 2, 3, 3, device="meta")
     assert ops.choice(meta) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "why"),
+    [
+        ((2, 3, 4, 4), torch.float32, None),
+        ((2, 3, 4, 4), torch.float64, "it is for float32, float16 and bfloat16, not for float64"),
+        ((40000, 1, 1, 1), torch.float32, "it is for batches of at most 32,767, not of 40,000"),
+        ((0, 3, 4, 4), torch.float32, "the map is empty"),
+    ],
+)
+def test_what_they_serve(shape: tuple[int, ...], dtype: torch.dtype, why: str | None) -> None:
+    x: Any = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=shape, numel=lambda: math.prod(shape))
+    assert cuda.why_not_for(x) == why
 
 
 def test_they_compile_for_a_gpu() -> None:
