@@ -57,8 +57,10 @@ def choice(x: torch.Tensor) -> str:
     wanted = asked()
     if wanted == REFERENCE:
         return REFERENCE
-    backend = wanted or (CUDA if x.is_cuda else CPU)
-    why = _watched(x) or _PLACES[backend].why_not_for(x)
+    watched = _watched(x)
+    # what is traced cannot be asked where it lies
+    backend = wanted or (CUDA if watched is None and x.is_cuda else CPU)
+    why = watched or _PLACES[backend].why_not_for(x)
     if why is None:
         return backend
     if wanted is not None:
