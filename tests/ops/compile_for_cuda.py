@@ -51,3 +51,10 @@ for name in KERNELS:
             known = SIZES | {"BLOCK_C": channels, "BLOCK_N": places}
             size = compiled(name, dtype, constants | {one: known[one] for one in given if one in known})
             print(name, dtype, *(flag for flag, given_ in constants.items() if given_), size)
+for name, constant, value in (
+    *((name, "ACTIVATION", one) for name in ("mlp_second", "grad_mlp_second") for one in ("silu", "gelu", "hardswish")),
+    *((name, "GATE", "hardsigmoid") for name in ("mlp_second", "grad_logits")),
+):
+    known = SIZES | {"BLOCK_C": 128, constant: value}
+    constants = {one: known.get(one, True) for one in getattr(kernels, name).arg_names if one.isupper()}
+    print(name, value, compiled(name, "fp32", constants))

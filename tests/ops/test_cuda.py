@@ -32,6 +32,7 @@ BUILDS: dict[str, Callable[[int, int], nn.Module]] = {
     "spatial": lambda c, d: SpatialAttention(kernel_size=3, dimensions=d),
     "cbam": lambda c, d: CBAM(c, reduction=2, dimensions=d),
     "cbam, without norm": lambda c, d: CBAM(c, reduction=2, norm=None, kernel_size=3, dimensions=d),
+    "cbam, 3 wide": lambda c, d: CBAM(c, reduction=2, kernel_size=3, dimensions=d),
     "cbam, identity": lambda c, d: CBAM(c, reduction=2, start="identity", dimensions=d),
     "cbam, parallel": lambda c, d: CBAM(c, reduction=2, order="parallel", start="identity", dimensions=d),
 }
@@ -39,7 +40,10 @@ each_build = pytest.mark.parametrize("name", BUILDS)
 
 
 def built(name: str, channels: int, dimensions: int = 2) -> nn.Module:
-    module = BUILDS[name](channels, dimensions)
+    return drawn(BUILDS[name](channels, dimensions))
+
+
+def drawn(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.5)
     return module.to(DEVICE)
@@ -65,7 +69,10 @@ def results(module: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> dict[str, t
 
 
 def check_kernels(name: str, x: torch.Tensor, training: bool = True) -> None:
-    module = built(name, x.shape[1], x.dim() - 2).train(training)
+    check_module(built(name, x.shape[1], x.dim() - 2).train(training), x)
+
+
+def check_module(module: nn.Module, x: torch.Tensor) -> None:
     x = x.to(DEVICE)
     dy = torch.randn_like(x)
     found = results(module, x, dy)
@@ -81,11 +88,29 @@ def test_they_are_true(name: str, last: bool, training: bool) -> None:
     check_kernels(name, x.contiguous(memory_format=torch.channels_last) if last else x, training)
 
 
-@pytest.mark.parametrize("shape", [(2, 70, 13, 11), (1, 130, 1, 1), (1, 9, 17, 19), (2, 5, 300), (2, 4, 3, 4, 5)])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "hardswish"])
+@pytest.mark.parametrize("gate", ["sigmoid", "hardsigmoid"])
+def test_activations(activation: str, gate: str) -> None:
+    module = SqueezeExcite(6, hidden=5, bias=True, activation=activation, gate_activation=gate)
+    check_module(drawn(module), torch.randn(40, 6, 3, 2))
+
+
+SHAPES = [
+    ("cbam", (2, 70, 13, 11)),
+    ("cbam", (2, 9, 17, 19)),
+    ("cbam", (2, 5, 300)),
+    ("channel", (40, 9, 3, 3)),
+    ("cbam, 3 wide", (2, 4, 3, 4, 5)),
+    # the interpreter takes long for each of the many neighbours
+    pytest.param("cbam", (2, 4, 3, 4, 5), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("name", "shape"), [*SHAPES, ("cbam", (1, 130, 1, 1))])
 @pytest.mark.parametrize("last", [False, True])
-def test_more_than_a_block_and_less(shape: tuple[int, ...], last: bool) -> None:
+def test_more_than_a_block_and_less(name: str, shape: tuple[int, ...], last: bool) -> None:
     x = torch.randn(shape)
-    check_kernels("cbam", x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x, training=False)
+    check_kernels(name, x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x, training=False)
 
 
 @each_build
@@ -142,13 +167,18 @@ def test_a_norm_rides_along(name: str, last: bool, training: bool) -> None:
     check_norm(name, 3 * torch.randn(3, 6, 7, 5) + 2, last, training)
 
 
-@pytest.mark.parametrize("shape", [(2, 70, 13, 11), (40, 9, 3, 3), (2, 9, 17, 19), (2, 5, 300), (2, 4, 3, 4, 5)])
+@pytest.mark.parametrize(("name", "shape"), SHAPES)
 @pytest.mark.parametrize("last", [False, True])
-def test_a_norm_of_more_than_a_block_and_less(shape: tuple[int, ...], last: bool) -> None:
-    check_norm("cbam", torch.randn(shape), last, training=True)
+def test_a_norm_of_more_than_a_block_and_less(name: str, shape: tuple[int, ...], last: bool) -> None:
+    check_norm(name, torch.randn(shape), last, training=True)
 
 
-def check_norm(name: str, u: torch.Tensor, last: bool, training: bool) -> None:
+@pytest.mark.parametrize("name", ["se", "channel", "cbam"])
+def test_a_norm_with_weights_of_0_as_a_residual_block_may_begin(name: str) -> None:
+    check_norm(name, torch.randn(3, 6, 7, 5), last=True, training=True, zeros=3)
+
+
+def check_norm(name: str, u: torch.Tensor, last: bool, training: bool, zeros: int = 0) -> None:
     u = (u.movedim(1, -1).contiguous().movedim(-1, 1) if last else u).to(DEVICE)
     channels, dimensions = u.shape[1], u.dim() - 2
     norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dimensions - 1](channels)
@@ -156,6 +186,7 @@ def check_norm(name: str, u: torch.Tensor, last: bool, training: bool) -> None:
     for one in (norm.weight, norm.bias, norm.running_mean):
         nn.init.normal_(one)
     nn.init.uniform_(norm.running_var, 0.5, 2)
+    norm.weight.data[:zeros] = 0
     dy = torch.randn_like(u)
     given = Norm(norm.weight, norm.bias, norm.running_mean, norm.running_var, training, norm.eps)
     leaf = u.detach().requires_grad_()
@@ -206,7 +237,7 @@ def test_the_moments_of_the_norm() -> None:
     assert_close(var, before.running_var.lerp(moments[1:] * 105 / 104, 0.01))
 
 
-def test_they_serve_cuda_and_only_where_they_are_asked_for() -> None:
+def test_they_serve_cuda_and_nothing_else() -> None:
     x = torch.randn(1, 2, 3, 3)
     assert cuda.why_not_for(x) == "it is for maps on a CUDA device, not on cpu"
     with (
@@ -238,4 +269,6 @@ def test_they_compile_for_a_gpu() -> None:
     run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     kernels = {line.split()[0] for line in run.stdout.splitlines()}
-    assert {"pool", "normalise", "summarise", "apply", "grad_gates", "grad_summary", "grad_input"} <= kernels
+    small = {"pooled", "normalise", "mlp_first", "mlp_second", "convolve", "gate", "finish", "follow", "share"}
+    backward = "gates gate planes weight summary logits mlp_second mlp_first mlp_weights norm input"
+    assert kernels == {"pool", "summarise", "apply"} | small | {f"grad_{name}" for name in backward.split()}
