@@ -165,8 +165,7 @@ def _on_map(
             module.to(place.dtype)
         make = _training if training else _inference
         steps = {name: make(module, x, dy) for name, module in modules.items()} | floor
-        more = 1 if x.numel() > 1 << 18 else 20
-        times = cost.rounds(steps, repeats=more * repeats, device=place.device)
+        times = cost.rounds(steps, repeats=repeats if x.numel() > 1 << 18 else 20 * repeats, device=place.device)
         # read and written once each way: x, y; and in the backward pass x, dy, dx. A copy reads one and writes one.
         times["floor"] = [value * (2.5 if training else 1) for value in times["floor"]]
         ratios = {name: _ratio(times["ours"], values) for name, values in times.items() if name != "ours"}
@@ -295,14 +294,13 @@ def _inference(module: nn.Module, x: torch.Tensor, _: torch.Tensor) -> Step:
 def _agree(modules: Mapping[str, nn.Module], x: torch.Tensor, dy: torch.Tensor) -> None:
     """Raise unless all candidates give the same output and the same gradient of the map."""
     found = {}
-    # convolutions in fewer bits are no disagreement
-    fewer, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     for name, module in modules.items():
         buffers = {key: value.clone() for key, value in module.state_dict().items()}
-        y = module(x)
-        found[name] = (y.detach(), *torch.autograd.grad(y, x, dy))
+        # convolutions in fewer bits are no disagreement
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            y = module(x)
+            found[name] = (y.detach(), *torch.autograd.grad(y, x, dy))
         module.load_state_dict(buffers)
-    torch.backends.cudnn.allow_tf32 = fewer
     for name, theirs in found.items():
         for one, other in zip(found["ours"], theirs, strict=True):
             # where two numbers are nearly the largest, the last bit decides which of them gets a gradient
@@ -322,11 +320,12 @@ def _machine(place: Place) -> dict[str, str]:
         lines = [line for line in known.read_text().splitlines() if line.startswith("model name")]
         model = lines[0].partition(":")[2].strip() if lines else model
     found = {"processor": model, "threads": str(torch.get_num_threads())}
-    found["large pages"] = os.environ.get("THP_MEM_ALLOC_ENABLE", "0")
     if place.device.type == "cuda":
         import triton
 
-        found = {"device": torch.cuda.get_device_name(), "CUDA": str(torch.version.cuda), "triton": triton.__version__}
+        found |= {"device": torch.cuda.get_device_name(), "CUDA": str(torch.version.cuda), "triton": triton.__version__}
+    else:
+        found["large pages"] = os.environ.get("THP_MEM_ALLOC_ENABLE", "0")
     return found | {
         "dtype": str(place.dtype).removeprefix("torch."),
         "torch": torch.__version__,

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 from convattn.ops import reference
-from convattn.ops.gates import ACTIVATIONS, GATE_ACTIVATIONS, Kept, Maybe, Mlp, Normed, Tensor, Window, convolve
+from convattn.ops.gates import ACTIVATIONS, GATE_ACTIVATIONS, Kept, Maybe, Mlp, Tensor, Window, convolve
 
 _aten = torch.ops.aten
 
@@ -30,39 +30,20 @@ def mlp(mlp: Mlp, pooled: Tensor) -> tuple[Tensor, Kept]:
 
 def grad_mlp(mlp: Mlp, kept: Any, dgate: Tensor) -> tuple[Tensor, tuple[Maybe, ...]]:
     """Gradients of the poolings and of the weights and biases."""
-    first, logits = kept.first, kept.logits
+    pooled, first, logits = kept.pooled, kept.first, kept.logits
     if mlp.gate == "sigmoid":
         dlogits = _aten.sigmoid_backward(dgate, torch.sigmoid(logits))
     else:
         dlogits = _aten.hardsigmoid_backward(dgate, logits)
+    count, batch, channels = pooled.shape
     dhidden = (dlogits @ wide(mlp.second)).expand(first.shape)
-    dfirst = ACTIVATIONS[mlp.activation][1](dhidden, first)
-    return dfirst @ wide(mlp.first), grad_mlp_weights(mlp, kept, dlogits, dfirst)
-
-
-def grad_mlp_weights(mlp: Mlp, kept: Any, dlogits: Tensor, dfirst: Tensor) -> tuple[Maybe, ...]:
-    """Gradients of weights and biases from those of the logits (B, C) and before the activation (pools, B, hidden)."""
-    count, _, channels = kept.pooled.shape
-    rows = dfirst.reshape(-1, dfirst.shape[-1])
-    return (
-        rows.t() @ kept.pooled.view(-1, channels),
-        None if mlp.first_bias is None else rows.sum(0),
+    dfirst = ACTIVATIONS[mlp.activation][1](dhidden, first).reshape(count * batch, -1)
+    return (dfirst @ wide(mlp.first)).view(pooled.shape), (
+        dfirst.t() @ pooled.view(count * batch, channels),
+        None if mlp.first_bias is None else dfirst.sum(0),
         dlogits.t() @ kept.hidden,
         None if mlp.second_bias is None else count * dlogits.sum(0),
     )
-
-
-def grad_norm(
-    channel: Tensor, normed: Normed, sums: Tensor, dmean: Maybe, dmax: Maybe, hats: Maybe, count: int
-) -> tuple[Tensor, Tensor]:
-    """`Kernels.grad_norm` by PyTorch's own operators, of a norm over so many values."""
-    found = channel * sums
-    if dmean is not None:
-        found += torch.stack([dmean * normed.hat, dmean])
-    if dmax is not None:
-        found += torch.stack([dmax * hats, dmax])
-    found = found.sum(1, dtype=torch.float64).float()
-    return found, found.flip(0) / count
 
 
 def window(planes: Tensor, window: Window, strength: Maybe) -> tuple[Tensor, Tensor, Maybe]:

@@ -22,14 +22,14 @@ more often than the norm alone.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 
 from convattn.ops import reference
 from convattn.ops.between import gate_of, wide
-from convattn.ops.gates import Gates, Kept, Kernels, Maybe, Norm, Normed, Tensor
+from convattn.ops.gates import Gates, Kept, Kernels, Maybe, Norm, Normed, Steps, Tensor
 
 _aten = torch.ops.aten
 
@@ -49,20 +49,21 @@ def forward(
         found = kernels.at_once(x, gates, strength, shortcut, norm)
         if found is not None:
             return found
+        steps = cast(Steps, kernels)
         if mlp is not None:
             mean, maximum = "mean" in mlp.pools, "max" in mlp.pools
             if norm is None:
-                pooled = kernels.pool(x, mean, maximum)
+                pooled = steps.pool(x, mean, maximum)
             else:
-                pooled, normed = kernels.normalise(x, norm)
+                pooled, normed = steps.normalise(x, norm)
                 pooled = pooled[0 if mean else 1 : 2 if maximum else 1]
-            channel, kept = kernels.mlp(mlp, pooled)
+            channel, kept = steps.mlp(mlp, pooled)
             kept = kept._replace(channel=reference.blend(channel, wide(strength)))
         if window is not None:
-            planes = kernels.summarise(x, None if gates.parallel else kept.channel)
-            spatial, logits, moments = kernels.window(planes, window, strength)
+            planes = steps.summarise(x, None if gates.parallel else kept.channel)
+            spatial, logits, moments = steps.window(planes, window, strength)
             kept = kept._replace(planes=planes, window=logits, spatial=spatial)
-        y = kernels.apply(x, kept.channel, kept.spatial, shortcut)
+        y = steps.apply(x, kept.channel, kept.spatial, shortcut)
     return y, moments, kept, normed
 
 
@@ -97,28 +98,29 @@ def backward(
         found = kernels.grad_at_once(x, dy, gates, strength, kept, needs_map, norm, normed)
         if found is not None:
             return found
+        steps = cast(Steps, kernels)
         if normed is not None:
-            kernels.restore(normed)
-        dchannel, dspatial, places = kernels.grad_gates(x, dy, kept.channel, kept.spatial, seen, gated)
+            steps.restore(normed)
+        dchannel, dspatial, places = steps.grad_gates(x, dy, kept.channel, kept.spatial, seen, gated)
         if window is not None:
-            dplanes, dweight, scalars = kernels.grad_window(kept.planes, window, strength, kept, dspatial)
+            dplanes, dweight, scalars = steps.grad_window(kept.planes, window, strength, kept, dspatial)
             by_window = (dweight, scalars[0:1], scalars[1:2]) if window.mean is not None else (dweight, None, None)
             dstrength = scalars[2:3]
             summary = (seen, dplanes[0], dplanes[1], places)
         maximum = pooled[-1] if (needs_map or norm) and mlp is not None and "max" in mlp.pools else None
         if gated or maximum is not None:
             by_summary = summary if gated else (None,) * 4
-            places, hats = kernels.grad_summary(x, kept.channel, by_summary, maximum, dchannel)
+            places, hats = steps.grad_summary(x, kept.channel, by_summary, maximum, dchannel)
         if normed is not None:
             sums = dchannel
-            dchannel = torch.addcmul(sums[1] * normed.affine[3], sums[0], normed.affine[2])
+            dchannel = sums[0] * normed.affine[2] + sums[1] * normed.affine[3]
         if mlp is not None:
             if strength is not None:
                 less = torch.nan_to_num(gate_of(mlp, kept) - 1)
                 by_channel = (dchannel * less).sum().reshape(1)
                 dstrength = by_channel if dstrength is None else dstrength + by_channel
                 dchannel = dchannel * strength
-            dpooled, by_mlp = kernels.grad_mlp(mlp, kept, dchannel)
+            dpooled, by_mlp = steps.grad_mlp(mlp, kept, dchannel)
             pools = (
                 maximum,
                 dpooled[0] if "mean" in mlp.pools else None,
@@ -126,18 +128,28 @@ def backward(
                 places if maximum is not None else None,
             )
         if norm is not None and normed is not None:
-            dnorm, through = kernels.grad_norm(kept.channel, normed, sums, pools[1], pools[2], hats)
+            dnorm = _grad_norm(kept.channel, normed.hat, sums, pools[1], pools[2], hats)
             by_norm = tuple(dnorm)
-            through = through if norm.training else None
+            through = dnorm.flip(0) * (kept.channel.numel() / x.numel() / len(x)) if norm.training else None
         dx = None
         if needs_map:
             nothing = (None,) * 4
             aside = mlp is not None and window is not None and gates.parallel
             seen_by = nothing if aside else summary
-            dx = kernels.grad_input(x, dy, kept.channel, kept.spatial, seen_by, pools, through)
+            dx = steps.grad_input(x, dy, kept.channel, kept.spatial, seen_by, pools, through)
             if aside:
-                dx += kernels.grad_input(x, None, None, None, summary, nothing)
+                dx += steps.grad_input(x, None, None, None, summary, nothing)
     return dx, dstrength, (*by_mlp, *by_window, *by_norm)
+
+
+def _grad_norm(channel: Tensor, hat: Tensor, sums: Tensor, dmean: Maybe, dmax: Maybe, hats: Maybe) -> Tensor:
+    """Gradients of a norm's weight and bias (2, C): the sums of the map's gradient times hat, and of itself."""
+    found = channel * sums
+    if dmean is not None:
+        found += torch.stack([dmean * hat, dmean])
+    if dmax is not None:
+        found += torch.stack([dmax * hats, dmax])
+    return found.sum(1, dtype=torch.float64).float()
 
 
 @contextmanager
@@ -146,15 +158,7 @@ def _without_autocast(device: str) -> Iterator[None]:
         yield
 
 
-class _Nothing:
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-_nothing = _Nothing()
+_nothing = nullcontext()
 
 
 def _in_float32(x: Tensor) -> Any:

@@ -155,32 +155,14 @@ class Normed(NamedTuple):
 
 
 class Kernels(Protocol):
-    """What computes on whole maps, made for a dense map `x` of a device."""
+    """What computes whole passes over maps, made for a dense map `x` of a device."""
 
     def __init__(self, x: Tensor) -> None: ...
-
-    def normalise(self, x: Tensor, norm: Norm) -> tuple[Tensor, Normed]:
-        """Means and maxima over positions of the map behind a norm (2, B, C), and what is kept.
-
-        From there on all is computed of the map behind the norm, and `x` is still what is before it.
-        """
-
-    def restore(self, kept: Normed) -> None:
-        """The same again in the backward pass."""
-
-    def grad_norm(
-        self, channel: Tensor, normed: Normed, sums: Tensor, dmean: Maybe, dmax: Maybe, hats: Maybe
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of a norm's weight and bias (2, C), and what `grad_input` takes to go through it.
-
-        From the gate (B, C) of the map behind the norm, the sums of `grad_gates`, the gradients of the poolings and the
-        means of hat at their maxima.
-        """
 
     def at_once(
         self, x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe, norm: Norm | None
     ) -> tuple[Tensor, Maybe, Kept, Normed | None] | None:
-        """What `fused.forward` returns; None where it takes step after step."""
+        """What `fused.forward` returns; None from `Steps` that are better taken one by one."""
 
     def grad_at_once(
         self,
@@ -193,13 +175,26 @@ class Kernels(Protocol):
         norm: Norm | None,
         normed: Normed | None,
     ) -> tuple[Maybe, Maybe, tuple[Maybe, ...]] | None:
-        """What `fused.backward` returns; None where it takes step after step."""
+        """What `fused.backward` returns; None from `Steps` that are better taken one by one."""
+
+    def pool(self, x: Tensor, mean: bool, maximum: bool) -> Tensor:
+        """Means and maxima over positions (pools, B, C)."""
 
     def grad_pool(self, x: Tensor, pooled: Tensor, dpooled: Tensor) -> Tensor:
         """The gradient of the map by its means and maxima over positions (2, B, C)."""
 
-    def pool(self, x: Tensor, mean: bool, maximum: bool) -> Tensor:
-        """Means and maxima over positions (pools, B, C)."""
+
+class Steps(Kernels, Protocol):
+    """What also computes each step of a pass by itself, as `fused` asks for them."""
+
+    def normalise(self, x: Tensor, norm: Norm) -> tuple[Tensor, Normed]:
+        """Means and maxima over positions of the map behind a norm (2, B, C), and what is kept.
+
+        From there on all is computed of the map behind the norm, and `x` is still what is before it.
+        """
+
+    def restore(self, kept: Normed) -> None:
+        """The same again in the backward pass."""
 
     def mlp(self, mlp: Mlp, pooled: Tensor) -> tuple[Tensor, "Kept"]:
         """The channel gate (B, C) of poolings, and what is kept; by `mlp` where there is nothing quicker."""

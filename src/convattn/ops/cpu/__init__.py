@@ -52,7 +52,7 @@ def follow(mean: Tensor, var: Tensor, tracked: Tensor, momentum: float | None, m
 
 
 class Kernels:
-    """See `gates.Kernels`."""
+    """See `gates.Steps`."""
 
     def __init__(self, x: Tensor) -> None:
         self.library = loaded()
@@ -107,12 +107,6 @@ class Kernels:
     def restore(self, kept: Normed) -> None:
         """Let a norm ride along in all that follows."""
         self.norm = kept.affine.data_ptr()
-
-    def grad_norm(
-        self, channel: Tensor, normed: Normed, sums: Tensor, dmean: Maybe, dmax: Maybe, hats: Maybe
-    ) -> tuple[Tensor, Tensor]:
-        """See `gates.Kernels`."""
-        return between.grad_norm(channel, normed, sums, dmean, dmax, hats, self.batch * self.shape[2])
 
     def pool(self, x: Tensor, mean: bool, maximum: bool) -> Tensor:
         """Means and maxima over positions (pools, B, C)."""

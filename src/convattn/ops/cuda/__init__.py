@@ -1,5 +1,7 @@
 """The kernels of `kernels.py`, in Triton, as `fused` asks for them: whole passes, in the order of `plans.py`."""
 
+import contextlib
+import functools
 import importlib.util
 from typing import Any
 
@@ -27,11 +29,10 @@ def why_not_for(x: Tensor) -> str | None:
     return "the map is empty" if x.numel() == 0 else None
 
 
-def _there(found: list[bool] = []) -> bool:  # noqa: B006
+@functools.cache
+def _there() -> bool:
     """Whether Triton is there; to look takes longer than a kernel."""
-    if not found:
-        found.append(importlib.util.find_spec("triton") is not None)
-    return found[0]
+    return importlib.util.find_spec("triton") is not None
 
 
 def takes_running(*tensors: Tensor) -> bool:
@@ -45,12 +46,16 @@ def follow(mean: Tensor, var: Tensor, tracked: Tensor, momentum: float | None, m
     """Let a norm's running mean and variance follow those of so many values: see `backends.follow`."""
     from convattn.ops.cuda import kernels, plans
 
+    tensors = {"mean": mean, "var": var, "tracked": tracked, "moments": moments}
     form = plans.Form(
-        *(1, mean.numel(), (), False, mean.device.index),
-        (("x", mean.dtype), ("var", var.dtype)),
-        running=(0.0 if momentum is None else momentum, float(count), momentum is None),
+        batch=1,
+        channels=mean.numel(),
+        positions=(),
+        last=False,
+        device=mean.device.index,
+        kinds=_kinds(tensors),
+        running=plans.Running(momentum or 0.0, float(count), momentum is None),
     )
-    tensors = {"x": mean, "var": var, "tracked": tracked, "moments": moments, "kept": moments, "scratch": moments}
     with _on(mean.device):
         plans.following(form).run(tensors, kernels)
     # whoever has kept one for a gradient is told that it has changed
@@ -66,7 +71,7 @@ class Kernels:
 
         self.kernels, self.plans = kernels, plans
         self.device = x.device
-        self.form = (*x.shape[:2], tuple(x.shape[2:]), not x.is_contiguous(), x.device.index)
+        self.form = (x.shape[0], x.shape[1], tuple(x.shape[2:]), not x.is_contiguous(), x.device.index)
 
     def at_once(
         self, x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe, norm: Norm | None
@@ -103,10 +108,7 @@ class Kernels:
         if strength is not None:
             grads["grad_strength"] = torch.empty_like(strength)
         dx = torch.empty_like(x) if needs_map else None
-        window = gates.spatial
-        # of a norm between the logits and the gate, parameters or not
-        tensors = {"mean": kept.together if window is not None and window.mean is not None else None}
-        tensors |= {"x": x, "dy": dy, "strength": strength, "dx": dx} | given | grads
+        tensors = {"x": x, "dy": dy, "strength": strength, "dx": dx} | given | grads
         self._run(self.plans.backward, tensors, gates, norm, kept.together)
         return dx, grads.get("grad_strength"), tuple([grads.get(f"grad_{name}") for name in given])
 
@@ -119,31 +121,25 @@ class Kernels:
     def grad_pool(self, x: Tensor, pooled: Tensor, dpooled: Tensor) -> Tensor:
         """The gradient of the map by means and maxima (2, B, C)."""
         dx = torch.empty_like(x)
-        tensors = {"x": x, "top": pooled[1].contiguous(), "given": dpooled, "dx": dx}
+        tensors = {"x": x, "top": pooled[1].contiguous(), "dpools": dpooled, "dx": dx}
         self._run(self.plans.grad_pooling, tensors, Gates(None, None), None)
         return dx
 
     def _run(self, planned: Any, tensors: dict[str, Maybe], gates: Gates, norm: Norm | None, kept: Maybe = None) -> Any:
         """Compute by a plan; what is kept."""
-        mlp, window = gates.channel, gates.spatial
+        mlp, window, plans = gates.channel, gates.spatial, self.plans
         tensors = {name: one for name, one in tensors.items() if one is not None}
-        strides = (1, 1)
+        of_mlp = of_window = of_norm = None
         if mlp is not None:
             tensors["first"], tensors["second"] = mlp.first.contiguous(), mlp.second.contiguous()
+            of_mlp = plans.Mlp(mlp.pools, mlp.activation, mlp.gate, len(mlp.first))
         if window is not None:
             tensors["weight"], strides = _window(window.weight)
-        form = self.plans.Form._make(
-            (
-                *self.form,
-                tuple([(name, one.dtype) for name, one in tensors.items()]),
-                None if mlp is None else (mlp.pools, mlp.activation, mlp.gate, len(mlp.first)),
-                None if window is None else (tuple(window.weight.shape[2:]), strides, window.training, window.eps),
-                gates.parallel,
-                None if norm is None else (norm.training, norm.eps),
-                None,
-            )
-        )
-        plan = planned(form)
+            sides, normed = tuple(window.weight.shape[2:]), window.mean is not None
+            of_window = plans.Window(sides, strides, normed, window.training, window.eps)
+        if norm is not None:
+            of_norm = plans.Norm(norm.training, norm.eps)
+        plan = planned(plans.Form(*self.form, _kinds(tensors), of_mlp, of_window, gates.parallel, of_norm))
         tensors["kept"] = self._empty(plan.sizes["kept"] or 1) if kept is None else kept
         tensors["scratch"] = self._empty(plan.sizes["scratch"] or 1)
         with _on(self.device):
@@ -152,6 +148,10 @@ class Kernels:
 
     def _empty(self, *sizes: int) -> Tensor:
         return torch.empty(sizes, dtype=torch.float32, device=self.device)
+
+
+def _kinds(tensors: dict[str, Tensor]) -> tuple[tuple[str, torch.dtype], ...]:
+    return tuple([(name, one.dtype) for name, one in tensors.items()])
 
 
 def _tensors(gates: Gates, norm: Norm | None) -> dict[str, Maybe]:
@@ -168,15 +168,7 @@ def _window(weight: Tensor) -> tuple[Tensor, tuple[int, int]]:
     return weight.contiguous(), (weight[0, 0].numel(), 1)
 
 
-class _Nothing:
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-_NOTHING = _Nothing()
+_NOTHING = contextlib.nullcontext()
 
 
 def _on(device: torch.device) -> Any:

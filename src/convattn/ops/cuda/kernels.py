@@ -213,6 +213,20 @@ def pooled(
 
 
 @triton.jit
+def _samples(begin, channels, batch, c, BLOCK_B: tl.constexpr):
+    """Some samples, where they lie in a small map (B, C), and what of that is inside."""
+    samples = begin + tl.arange(0, BLOCK_B)
+    return samples, samples[:, None] * c + channels[None, :], (samples < batch)[:, None] & (channels < c)[None, :]
+
+
+@triton.jit
+def _first_values(x, samples, channels, there, c, n, stride_c):
+    """The first value of each channel of samples, about which `pool` has summed up."""
+    at = samples.to(tl.int64)[:, None] * c * n + channels[None, :].to(tl.int64) * stride_c
+    return tl.load(x + at, mask=there, other=0.0)
+
+
+@triton.jit
 def normalise(
     x,
     found,
@@ -250,11 +264,8 @@ def normalise(
         count = n * 1.0
         sums = tl.zeros([BLOCK_B, BLOCK_C], tl.float64)
         for begin in range(0, batch, BLOCK_B):
-            samples = begin + tl.arange(0, BLOCK_B)
-            there = (samples < batch)[:, None] & inside[None, :]
-            at = samples[:, None] * c + channels[None, :]
-            origin = samples.to(tl.int64)[:, None] * c * n + channels[None, :].to(tl.int64) * stride_c
-            middle = tl.load(x + origin, mask=there, other=0.0).to(tl.float64)
+            samples, at, there = _samples(begin, channels, batch, c, BLOCK_B)
+            middle = _first_values(x, samples, channels, there, c, n, stride_c).to(tl.float64)
             total = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
             for share in range(shares):
                 total += tl.load(found + share * 4 * step + at, mask=there, other=0.0)
@@ -262,11 +273,8 @@ def normalise(
         of_mean = tl.sum(sums, axis=0) / batch
         rest = tl.zeros([BLOCK_B, BLOCK_C], tl.float64)
         for begin in range(0, batch, BLOCK_B):
-            samples = begin + tl.arange(0, BLOCK_B)
-            there = (samples < batch)[:, None] & inside[None, :]
-            at = samples[:, None] * c + channels[None, :]
-            origin = samples.to(tl.int64)[:, None] * c * n + channels[None, :].to(tl.int64) * stride_c
-            middle = tl.load(x + origin, mask=there, other=0.0).to(tl.float64)
+            samples, at, there = _samples(begin, channels, batch, c, BLOCK_B)
+            middle = _first_values(x, samples, channels, there, c, n, stride_c).to(tl.float64)
             total = tl.zeros([BLOCK_B, BLOCK_C], tl.float64)
             squares = tl.zeros([BLOCK_B, BLOCK_C], tl.float64)
             for share in range(shares):
@@ -291,11 +299,8 @@ def normalise(
     tl.store(moments + channels, of_mean, mask=inside)
     tl.store(moments + c + channels, of_var, mask=inside)
     for begin in range(0, batch, BLOCK_B):
-        samples = begin + tl.arange(0, BLOCK_B)
-        there = (samples < batch)[:, None] & inside[None, :]
-        at = samples[:, None] * c + channels[None, :]
-        origin = samples.to(tl.int64)[:, None] * c * n + channels[None, :].to(tl.int64) * stride_c
-        middle = tl.load(x + origin, mask=there, other=0.0).to(tl.float32)
+        samples, at, there = _samples(begin, channels, batch, c, BLOCK_B)
+        middle = _first_values(x, samples, channels, there, c, n, stride_c).to(tl.float32)
         total = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
         high = tl.full([BLOCK_B, BLOCK_C], LOWEST, tl.float32)
         low = tl.full([BLOCK_B, BLOCK_C], HIGHEST, tl.float32)
@@ -809,6 +814,12 @@ def _sum_of_parts(parts, count):
 
 
 @triton.jit
+def _shared(to_all, to_maxima, number):
+    """A gradient shared out among so many maxima; one that is nowhere makes all NaN."""
+    return to_all + tl.where(number > 0, 0.0, float("nan")), to_maxima / tl.maximum(number, 1.0)
+
+
+@triton.jit
 def grad_planes(
     logits,
     d,
@@ -879,9 +890,9 @@ def grad_planes(
         to_all += v * tl.load(at).to(tl.float32)
         to_maxima += v * tl.load(at + stride_p).to(tl.float32)
     number = tl.load(counts + plane + places, mask=inside, other=1.0)
-    to_all = to_all / c + tl.where(number > 0, 0.0, float("nan"))
+    to_all, to_maxima = _shared(to_all / c, to_maxima, number)
     tl.store(planes + plane + places, to_all, mask=inside)
-    tl.store(planes + (batch + sample).to(tl.int64) * n + places, to_maxima / tl.maximum(number, 1.0), mask=inside)
+    tl.store(planes + (batch + sample).to(tl.int64) * n + places, to_maxima, mask=inside)
 
 
 @triton.jit
@@ -1130,16 +1141,9 @@ def grad_mlp_first(
     if SHARED:
         to_all = to_all / n
         if FIRST + POOLS == 2:
-            to_all, to_maxima = _shared(to_all, to_maxima, counts + at, there)
+            to_all, to_maxima = _shared(to_all, to_maxima, tl.load(counts + at, mask=there, other=1.0))
     tl.store(plus + at, to_all, mask=there)
     tl.store(plus + batch * c + at, to_maxima, mask=there)
-
-
-@triton.jit
-def _shared(to_all, to_maxima, counts, there):
-    """A gradient shared out among maxima; one that is nowhere makes all NaN."""
-    number = tl.load(counts, mask=there, other=1.0)
-    return to_all + tl.where(number > 0, 0.0, float("nan")), to_maxima / tl.maximum(number, 1.0)
 
 
 @triton.jit
@@ -1235,9 +1239,7 @@ def grad_norm(
     with_hat = tl.zeros([BLOCK_B, BLOCK_C], tl.float64)
     alone = tl.zeros([BLOCK_B, BLOCK_C], tl.float64)
     for begin in range(0, batch, BLOCK_B):
-        samples = begin + tl.arange(0, BLOCK_B)
-        there = (samples < batch)[:, None] & inside[None, :]
-        at = samples[:, None] * c + channels[None, :]
+        _, at, there = _samples(begin, channels, batch, c, BLOCK_B)
         by = tl.load(gate + at, mask=there, other=0.0)
         of_hat = tl.load(hat + at, mask=there, other=0.0)
         d = tl.load(plus + at, mask=there, other=0.0)
@@ -1261,13 +1263,11 @@ def grad_norm(
         mean_one, mean_hat = (of_bias / batch / n).to(tl.float32), (of_weight / batch / n).to(tl.float32)
     tl.store(by_hat + channels, scale * mean_hat, mask=inside)
     for begin in range(0, batch, BLOCK_B):
-        samples = begin + tl.arange(0, BLOCK_B)
-        there = (samples < batch)[:, None] & inside[None, :]
-        at = samples[:, None] * c + channels[None, :]
+        _, at, there = _samples(begin, channels, batch, c, BLOCK_B)
         to_all = tl.load(plus + at, mask=there, other=0.0) / n - mean_one[None, :]
         if MAX:
             to_maxima = tl.load(plus + step + at, mask=there, other=0.0)
-            to_all, to_maxima = _shared(to_all, to_maxima, counts + at, there)
+            to_all, to_maxima = _shared(to_all, to_maxima, tl.load(counts + at, mask=there, other=1.0))
             tl.store(plus + step + at, scale[None, :] * to_maxima, mask=there)
         tl.store(plus + at, scale[None, :] * to_all, mask=there)
         tl.store(times + at, scale[None, :] * tl.load(gate + at, mask=there, other=0.0), mask=there)
@@ -1421,7 +1421,7 @@ def share(given, counts, found, step, n, shares, BLOCK: tl.constexpr):
     number = tl.zeros([BLOCK], tl.float32)
     for part in range(shares):
         number += tl.load(counts + part * step + at, mask=there, other=0.0)
-    to_all = tl.load(given + at, mask=there, other=0.0) / n + tl.where(number > 0, 0.0, float("nan"))
+    to_all, to_maxima = tl.load(given + at, mask=there, other=0.0), tl.load(given + step + at, mask=there, other=0.0)
+    to_all, to_maxima = _shared(to_all / n, to_maxima, number)
     tl.store(found + at, to_all, mask=there)
-    to_maxima = tl.load(given + step + at, mask=there, other=0.0) / tl.maximum(number, 1.0)
     tl.store(found + step + at, to_maxima, mask=there)

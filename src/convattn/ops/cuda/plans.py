@@ -6,6 +6,7 @@ Triton takes to find it, which matters: a small map is computed faster than one 
 """
 
 import functools
+import math
 import operator
 from typing import Any, NamedTuple
 
@@ -38,6 +39,42 @@ ONCE = ("apply", "grad_input")
 _PLACED = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 4)
 
 
+class Mlp(NamedTuple):
+    """The form of a channel gate."""
+
+    pools: tuple[str, ...]
+    activation: str
+    gate: str
+    width: int
+
+
+class Window(NamedTuple):
+    """The form of a spatial gate."""
+
+    sides: tuple[int, ...]
+    # of the two planes and of the taps of a plane
+    strides: tuple[int, int]
+    # whether there is a norm between the logits and the gate
+    normed: bool
+    training: bool
+    eps: float
+
+
+class Norm(NamedTuple):
+    """The form of a norm before the gates."""
+
+    training: bool
+    eps: float
+
+
+class Running(NamedTuple):
+    """How running statistics follow: with which momentum, those of how many values, or as the average of all."""
+
+    momentum: float
+    values: float
+    average: bool
+
+
 class Form(NamedTuple):
     """All that a plan depends on."""
 
@@ -48,15 +85,22 @@ class Form(NamedTuple):
     device: Any
     # of each tensor from outside, by name; absent ones are left out
     kinds: tuple[tuple[str, torch.dtype], ...]
-    # pools, activation, gate activation and hidden width
-    mlp: tuple[tuple[str, ...], str, str, int] | None = None
-    # sides, strides of planes and taps, whether in training, and eps
-    window: tuple[tuple[int, ...], tuple[int, int], bool, float] | None = None
+    mlp: Mlp | None = None
+    window: Window | None = None
     parallel: bool = False
-    # whether in training, and eps
-    norm: tuple[bool, float] | None = None
-    # momentum, how many values the moments are of, and whether the average of all is followed
-    running: tuple[float, float, bool] | None = None
+    norm: Norm | None = None
+    running: Running | None = None
+
+    @property
+    def pools(self) -> dict[str, int]:
+        """Which poolings there are: whether they begin with the mean, and how many."""
+        pools = self.mlp.pools if self.mlp else ("mean", "max")
+        return {"FIRST": 0 if "mean" in pools else 1, "POOLS": len(pools)}
+
+    @property
+    def plane(self) -> tuple[int, ...]:
+        """Depth, height and width: a sequence is a plane of one row."""
+        return (1,) * (3 - len(self.positions)) + self.positions
 
 
 class Step(NamedTuple):
@@ -75,26 +119,27 @@ class Plan:
     def __init__(self, form: Form) -> None:
         self.form = form
         self.there = dict(form.kinds)
-        self.count = 1
-        for size in form.positions:
-            self.count *= size
+        self.count = math.prod(form.positions)
         self.steps: list[Step] = []
         self.places: dict[str, tuple[str, int, int, torch.dtype]] = {}
         self.sizes = {"kept": 0, "scratch": 0}
         self.compiled: list[Any] = []
 
-    def has(self, *names: str) -> bool:
-        """Whether there is something of each of these names."""
-        return all(name in self.there or name in self.places for name in names)
+    def has(self, name: str) -> bool:
+        """Whether there is something of this name."""
+        return name in self.there or name in self.places
 
     def hold(self, slab: str, name: str, *sizes: int, dtype: torch.dtype = torch.float32) -> None:
         """Have a place for a small result."""
-        size = dtype.itemsize // 4
-        for one in sizes:
-            size *= one
+        size = math.prod(sizes) * dtype.itemsize // 4
         self.places[name] = (slab, self.sizes[slab], size, dtype)
         # each begins where vectors may
         self.sizes[slab] += -(-size // 64) * 64
+
+    def part(self, name: str, of: str, number: int, count: int) -> None:
+        """Have a name for one of several results that lie together."""
+        slab, offset, size, dtype = self.places[of]
+        self.places[name] = (slab, offset + number * size // count, size // count, dtype)
 
     def step(self, name: str, grid: tuple[int, ...], tensors: str, *numbers: float, **constants: Any) -> None:
         """Add a kernel. A tensor that is absent is not read, so that another one stands in its place."""
@@ -106,9 +151,8 @@ class Plan:
         at = {name: one.data_ptr() for name, one in tensors.items()}
         aligned = not functools.reduce(operator.or_, at.values()) % 16
         if self.compiled and aligned:
-            slabs = {"kept": at["kept"], "scratch": at["scratch"]}
             for name, (slab, offset, _, _) in self.places.items():
-                at[name] = slabs[slab] + 4 * offset
+                at[name] = at[slab] + 4 * offset
             stream = torch._C._cuda_getCurrentRawStream(self.form.device)
             for compiled, grid, names, rest in self.compiled:
                 pointers = [at[name] for name in names]
@@ -154,6 +198,10 @@ class Plan:
         """Tiles along the positions, or groups of those that a program takes one after the other."""
         return -(-self.count // (tile["BLOCK_N"] * tile.get("STEPS", 1)))
 
+    def every(self, tile: dict[str, int]) -> tuple[int, int, int]:
+        """Programs for all tiles of the map."""
+        return self.blocks_n(tile), self.blocks_c(tile), self.form.batch
+
     def shares(self, blocks: int, programs: int) -> int:
         """Into how many parts so many tiles are shared out, where there are programs for each part otherwise."""
         return min(blocks, -(-PROGRAMS // (self.form.batch * programs)))
@@ -170,39 +218,42 @@ def forward(form: Form) -> Plan:
     """The gated map, and what is kept."""
     plan = Plan(form)
     _kept(plan)
-    gated = plan.has("gate")
-    norm = form.norm is not None
-    if gated:
+    norm, gated = form.norm is not None, form.mlp is not None
+    if form.mlp is not None:
         _pool(plan)
-        _mlp(plan)
+        _mlp(plan, form.mlp)
     if form.window is not None:
         tile = plan.tile("summarise")
-        grid: tuple[int, ...] = (plan.blocks_n(tile), form.batch)
         see = gated and not form.parallel
+        grid = (plan.blocks_n(tile), form.batch)
         plan.step("summarise", grid, "x gate factors planes", *plan.shape, NORM=norm, GATED=see, **tile)
-        _window(plan)
+        _window(plan, form.window)
     tile = plan.tile("apply")
     there = {"NORM": norm, "CHANNEL": gated, "SPATIAL": plan.has("spatial"), "SHORTCUT": plan.has("shortcut")}
-    grid = (plan.blocks_n(tile), plan.blocks_c(tile), form.batch)
-    plan.step("apply", grid, "x gate factors spatial shortcut y", *plan.shape, **there, **tile)
+    plan.step("apply", plan.every(tile), "x gate factors spatial shortcut y", *plan.shape, **there, **tile)
     return plan
 
 
 @functools.lru_cache(maxsize=256)
-def following(form: Form) -> Plan:
-    """Running statistics after those of a batch."""
+def backward(form: Form) -> Plan:
+    """The gradients of the map and of all that the gates and a norm before them are made of."""
     plan = Plan(form)
-    assert form.running is not None  # noqa: S101
-    momentum, count, average = form.running
-    plan.steps.append(
-        Step(
-            "follow",
-            (1,),
-            ("x", "var", "tracked", "moments"),
-            (momentum, count, form.channels),
-            {"AVERAGE": average, "BLOCK": 1024},
-        )
-    )
+    _kept(plan)
+    see = form.mlp is not None and not form.parallel
+    tile = plan.tile("grad_gates")
+    blocks_c, blocks_n = plan.blocks_c(tile), plan.blocks_n(tile)
+    # what lies together in memory is not shared out
+    parts = plan.shares(blocks_n, blocks_c) if form.last else blocks_n
+    groups = blocks_c if form.last else plan.shares(blocks_c, blocks_n)
+    _grad_gates(plan, tile, parts, groups, see=see)
+    if form.window is not None:
+        _grad_window(plan, form.window, groups)
+    if form.mlp is not None:
+        _grad_mlp(plan, form.mlp, parts, see=see)
+    if form.window is not None or plan.has("strength"):
+        _finish(plan)
+    if plan.has("dx"):
+        _grad_input(plan, given=True, see=see)
     return plan
 
 
@@ -217,20 +268,22 @@ def pooling(form: Form) -> Plan:
 
 @functools.lru_cache(maxsize=64)
 def grad_pooling(form: Form) -> Plan:
-    """The gradient of that: of `pools` the maxima, of `given` the gradients of both."""
+    """The gradient of that, from the maxima in `top` and the gradients of both in `dpools`."""
     plan = Plan(form)
-    tile = plan.tile("grad_summary")
-    parts = plan.shares(plan.blocks_n(tile), plan.blocks_c(tile))
-    plan.hold("scratch", "counts", parts, form.batch, form.channels)
-    _count(plan, tile, parts, summary=False)
-    tile = plan.tile("grad_input")
-    grid = (plan.blocks_n(tile), plan.blocks_c(tile), form.batch)
-    names = ("GIVEN", "NORM", "THROUGH", "CHANNEL", "SPATIAL", "GATED", "POOLED", "MAX")
-    there = {name: name in ("POOLED", "MAX") for name in names}
-    plan.hold("scratch", "shared", 2, form.batch, form.channels)
-    step = form.batch * form.channels
-    plan.step("share", (-(-step // FLAT),), "given counts shared", step, plan.count, parts, BLOCK=FLAT)
-    plan.step("grad_input", grid, "x x x x x x x x x x top shared dx", *plan.shape, **there, **tile)
+    parts = _grad_summary(plan, summary=False, maximum=True)
+    plan.hold("scratch", "plus", 2, form.batch, form.channels)
+    elements = form.batch * form.channels
+    plan.step("share", (-(-elements // FLAT),), "dpools counts plus", elements, plan.count, parts, BLOCK=FLAT)
+    _grad_input(plan, given=False, see=False)
+    return plan
+
+
+@functools.lru_cache(maxsize=256)
+def following(form: Form) -> Plan:
+    """Running statistics after those of a batch."""
+    plan = Plan(form)
+    momentum, values, average = form.running or Running(0.0, 0.0, average=True)
+    plan.step("follow", (1,), "mean var tracked moments", momentum, values, form.channels, AVERAGE=average, BLOCK=FLAT)
     return plan
 
 
@@ -239,12 +292,14 @@ def _kept(plan: Plan) -> None:
     form = plan.form
     small = (form.batch, form.channels)
     if form.mlp is not None:
-        pools, _, _, width = form.mlp
-        plan.hold("kept", "pools", len(pools), *small)
-        plan.hold("kept", "first_of_pools", len(pools), form.batch, width)
+        pools, width = form.pools["POOLS"], form.mlp.width
+        plan.hold("kept", "pools", pools, *small)
+        plan.hold("kept", "first_of_pools", pools, form.batch, width)
         plan.hold("kept", "hidden", form.batch, width)
         plan.hold("kept", "logits", *small)
         plan.hold("kept", "gate", *small)
+        if form.norm is None:
+            plan.part("top", "pools", pools - 1, pools)
     if form.norm is not None:
         plan.hold("kept", "affine", 4, form.channels)
         plan.hold("kept", "hat", *small)
@@ -252,51 +307,45 @@ def _kept(plan: Plan) -> None:
         plan.hold("kept", "factors", 2, *small)
     if form.window is not None:
         plan.hold("kept", "planes", 2, form.batch, plan.count)
+        plan.part("maxima", "planes", 1, 2)
         plan.hold("kept", "of_window", form.batch, plan.count)
         plan.hold("kept", "spatial", form.batch, plan.count)
         plan.hold("kept", "used", 2)
-
-
-def _pools(form: Form) -> dict[str, int]:
-    """Which poolings there are: how many, and whether they begin with the mean."""
-    pools = form.mlp[0] if form.mlp else ("mean", "max")
-    return {"FIRST": 0 if "mean" in pools else 1, "POOLS": len(pools)}
 
 
 def _pool(plan: Plan) -> None:
     form, tile = plan.form, plan.tile("pool")
     parts = plan.shares(plan.blocks_n(tile), plan.blocks_c(tile))
     plan.hold("scratch", "parts", parts, 4 if form.norm else 2, form.batch, form.channels)
-    grid: tuple[int, ...] = (plan.blocks_c(tile), parts, form.batch)
+    grid = (plan.blocks_c(tile), parts, form.batch)
     plan.step("pool", grid, "x parts", *plan.shape, MOMENTS=form.norm is not None, **tile)
     if form.norm is None:
-        grid = (-(-form.batch * form.channels // FLAT),)
-        plan.step("pooled", grid, "parts pools", form.channels, form.batch, parts, **_pools(form), BLOCK_C=FLAT)
+        blocks = -(-form.batch * form.channels // FLAT)
+        plan.step("pooled", (blocks,), "parts pools", form.channels, form.batch, parts, **form.pools, BLOCK_C=FLAT)
         return
     training, eps = form.norm
     there = {"TRAINING": training, "WEIGHT": plan.has("bn_weight"), "BIAS": plan.has("bn_bias")}
-    grid = (-(-form.channels // BATCHES["BLOCK_C"]),)
+    blocks = -(-form.channels // BATCHES["BLOCK_C"])
     given = "x parts bn_mean bn_var bn_weight bn_bias affine bn_moments hat pools top"
-    plan.step("normalise", grid, given, *plan.shape[:3], form.batch, parts, eps, **_pools(form), **there, **BATCHES)
+    numbers = (*plan.shape[:3], form.batch, parts, eps)
+    plan.step("normalise", (blocks,), given, *numbers, **form.pools, **there, **BATCHES)
 
 
-def _mlp(plan: Plan) -> None:
+def _mlp(plan: Plan, mlp: Mlp) -> None:
     form = plan.form
-    assert form.mlp is not None  # noqa: S101
-    pools, activation, gate, width = form.mlp
-    sizes = (form.channels, width)
-    blocks_h, blocks_c = -(-width // WEIGHTS["BLOCK_H"]), -(-form.channels // WEIGHTS["BLOCK_C"])
+    sizes, pools = (form.channels, mlp.width), len(mlp.pools)
+    blocks_h, blocks_c = -(-mlp.width // WEIGHTS["BLOCK_H"]), -(-form.channels // WEIGHTS["BLOCK_C"])
     given = "pools first first_bias first_of_pools"
-    grid = (blocks_h, len(pools) * form.batch)
+    grid = (blocks_h, pools * form.batch)
     plan.step("mlp_first", grid, given, *sizes, BIAS=plan.has("first_bias"), **WEIGHTS)
     plan.step(
         "mlp_second",
         (blocks_c, form.batch),
         "first_of_pools second second_bias strength affine hidden logits gate factors",
         *sizes,
-        POOLS=len(pools),
-        ACTIVATION=activation,
-        GATE=gate,
+        POOLS=pools,
+        ACTIVATION=mlp.activation,
+        GATE=mlp.gate,
         BIAS=plan.has("second_bias"),
         STRENGTH=plan.has("strength"),
         NORM=form.norm is not None,
@@ -304,25 +353,23 @@ def _mlp(plan: Plan) -> None:
     )
 
 
-def _window(plan: Plan) -> None:
+def _window(plan: Plan, window: Window) -> None:
     form = plan.form
-    assert form.window is not None  # noqa: S101
-    sides, strides, training, eps = form.window
     blocks = -(-plan.count // PLANE)
-    trained = training and plan.has("mean")
+    trained = window.training and window.normed
     if trained:
         plan.hold("scratch", "window_parts", form.batch * blocks, 2)
     given = "planes weight of_window window_parts"
-    more = _sides(sides) | {"MOMENTS": trained, "BLOCK": PLANE}
-    plan.step("convolve", (blocks, form.batch), given, *_plane(form), *strides, **more)
+    more = _sides(window) | {"MOMENTS": trained, "BLOCK": PLANE}
+    plan.step("convolve", (blocks, form.batch), given, *form.plane, *window.strides, **more)
     plan.step(
         "gate",
         (-(-form.batch * plan.count // FLAT),),
         "of_window window_parts mean var norm_weight norm_bias strength spatial used moments",
         form.batch,
         plan.count,
-        eps,
-        NORM=plan.has("mean"),
+        window.eps,
+        NORM=window.normed,
         TRAINING=trained,
         WEIGHT=plan.has("norm_weight"),
         BIAS=plan.has("norm_bias"),
@@ -332,124 +379,89 @@ def _window(plan: Plan) -> None:
     )
 
 
-def _plane(form: Form) -> tuple[int, ...]:
-    """Depth, height and width: a sequence is a plane of one row."""
-    return (1,) * (3 - len(form.positions)) + form.positions
-
-
-def _sides(sides: tuple[int, ...]) -> dict[str, int]:
-    deep, high, wide = (1,) * (3 - len(sides)) + sides
+def _sides(window: Window) -> dict[str, int]:
+    deep, high, wide = (1,) * (3 - len(window.sides)) + window.sides
     return {"DEEP": deep, "HIGH": high, "WIDE": wide}
 
 
-@functools.lru_cache(maxsize=256)
-def backward(form: Form) -> Plan:
-    """The gradients of the map and of all that the gates and a norm before them are made of."""
-    plan = Plan(form)
-    _kept(plan)
-    gated, windowed, norm = plan.has("gate"), form.window is not None, form.norm is not None
-    small = (form.batch, form.channels)
-    see = gated and not form.parallel
-    sums = 2 if norm else 1
-    maximum = _pools(form)["FIRST"] + _pools(form)["POOLS"] == 2 and gated
-    tile = plan.tile("grad_gates")
-    blocks_c, blocks_n = plan.blocks_c(tile), plan.blocks_n(tile)
-    along, groups = (blocks_n, blocks_c) if form.last else (blocks_n, plan.shares(blocks_c, blocks_n))
-    if form.last:
-        along = plan.shares(blocks_n, blocks_c)
+def _rows(form: Form) -> tuple[int, int, int]:
+    """Rows of a window over both planes, into how many parts samples are shared out for each, and how long rows are."""
+    if form.window is None:
+        return 1, 1, 1
+    sides = _sides(form.window)
+    rows = 2 * sides["DEEP"] * sides["HIGH"]
+    return rows, max(1, min(form.batch, 4 * PROGRAMS // rows)), triton.next_power_of_2(sides["WIDE"])
+
+
+def _grad_gates(plan: Plan, tile: dict[str, Any], parts: int, groups: int, *, see: bool) -> None:
+    form = plan.form
+    norm, gated, windowed = form.norm is not None, form.mlp is not None, form.window is not None
     if gated:
-        plan.hold("scratch", "by_channel", along, sums, *small)
+        plan.hold("scratch", "by_channel", parts, 2 if norm else 1, form.batch, form.channels)
     if windowed:
         plan.hold("scratch", "by_place", groups, form.batch, plan.count)
         plan.hold("scratch", "places", groups, form.batch, plan.count)
     there = {"NORM": norm, "CHANNEL": gated, "SPATIAL": windowed, "GATED": see, "COUNT": windowed}
-    given = "x dy gate factors affine spatial planes_max by_channel by_place places"
-    if windowed:
-        _second(plan, "planes", "planes_max")
-    grid = (along, groups, form.batch)
-    plan.step("grad_gates", grid, given, *plan.shape, LAST=form.last, **there, **tile)
-    if windowed:
-        _grad_window(plan, groups)
-    if gated:
-        tile = plan.tile("grad_summary")
-        others = plan.shares(plan.blocks_n(tile), plan.blocks_c(tile))
-        summary = windowed and see
-        if summary:
-            plan.hold("scratch", "by_summary", others, sums, *small)
-        if maximum:
-            plan.hold("scratch", "counts", others, *small)
-        if maximum and not norm:
-            _second(plan, "pools", "top", first=_pools(form)["POOLS"] - 1)
-        if summary or maximum:
-            _count(plan, tile, others, summary=summary, count=maximum)
-        _grad_mlp(plan, along, others, summary=summary, maximum=maximum)
-    if plan.has("grad_weight") or plan.has("grad_strength"):
-        _finish(plan)
-    if plan.has("dx"):
-        tile = plan.tile("grad_input")
-        grid = (plan.blocks_n(tile), plan.blocks_c(tile), form.batch)
-        there = {"GIVEN": True, "NORM": norm, "THROUGH": norm and form.norm is not None and form.norm[0]}
-        there |= {"CHANNEL": gated, "SPATIAL": windowed, "GATED": see, "POOLED": gated, "MAX": maximum}
-        given = "x dy gate factors affine times by_hat spatial planes_max dplanes top plus dx"
-        plan.step("grad_input", grid, given, *plan.shape, **there, **tile)
-    return plan
+    given = "x dy gate factors affine spatial maxima by_channel by_place places"
+    plan.step("grad_gates", (parts, groups, form.batch), given, *plan.shape, LAST=form.last, **there, **tile)
 
 
-def _second(plan: Plan, of: str, name: str, first: int = 1) -> None:
-    """A name for what comes behind the first of several maps in one place."""
-    slab, offset, size, dtype = plan.places[of]
-    half = size // 2 if first else 0
-    plan.places[name] = (slab, offset + half, size - half, dtype)
-
-
-def _count(plan: Plan, tile: dict[str, Any], parts: int, *, summary: bool, count: bool = True) -> None:
-    norm = plan.form.norm is not None
-    there = {"NORM": norm, "SUMMARY": summary, "COUNT": count}
-    grid = (plan.blocks_c(tile), parts, plan.form.batch)
-    given = "x gate factors affine planes_max dplanes top by_summary counts"
-    plan.step("grad_summary", grid, given, *plan.shape, **there, **tile)
-
-
-def _grad_window(plan: Plan, groups: int) -> None:
+def _grad_window(plan: Plan, window: Window, groups: int) -> None:
     form = plan.form
-    assert form.window is not None  # noqa: S101
-    sides, strides, training, eps = form.window
     count = -(-form.batch * plan.count // FLAT)
     plan.hold("scratch", "window_parts", count, 3, dtype=torch.float64)
     for name in ("behind", "dlogits_of_window"):
         plan.hold("scratch", name, form.batch, plan.count)
     plan.hold("scratch", "dplanes", 2, form.batch, plan.count)
     plan.hold("scratch", "strength_of_window", 1)
-    there = {"NORM": plan.has("mean"), "WEIGHT": plan.has("norm_weight"), "STRENGTH": plan.has("strength")}
-    given = "of_window by_place places used norm_weight norm_bias strength behind window_parts"
-    more = {"BIAS": plan.has("norm_bias"), "BLOCK": FLAT}
-    plan.step("grad_gate", (count,), given, form.batch, plan.count, groups, eps, **there, **more)
-    given = "of_window behind window_parts used norm_weight weight places grad_norm_weight grad_norm_bias "
-    given += "strength_of_window dlogits_of_window dplanes"
-    more = {"TRAINING": training, "BLOCK": PLANE} | _sides(sides)
     for name in ("grad_norm_weight", "grad_norm_bias"):
         if not plan.has(name):
             plan.hold("scratch", name, 1)
+    there = {"NORM": window.normed, "WEIGHT": plan.has("norm_weight"), "STRENGTH": plan.has("strength")}
+    given = "of_window by_place places used norm_weight norm_bias strength behind window_parts"
+    more = {"BIAS": plan.has("norm_bias"), "BLOCK": FLAT}
+    plan.step("grad_gate", (count,), given, form.batch, plan.count, groups, window.eps, **there, **more)
+    given = "of_window behind window_parts used norm_weight weight places grad_norm_weight grad_norm_bias "
+    given += "strength_of_window dlogits_of_window dplanes"
     grid = (-(-plan.count // PLANE), form.batch)
-    plan.step("grad_planes", grid, given, *_plane(form), *strides, form.channels, count, eps, **there, **more)
+    numbers = (*form.plane, *window.strides, form.channels, count, window.eps)
+    sides = _sides(window)
+    plan.step("grad_planes", grid, given, *numbers, TRAINING=window.training, BLOCK=PLANE, **there, **sides)
     rows, parts, across = _rows(form)
     plan.hold("scratch", "weight_parts", rows, parts, across)
+    more = {"ACROSS": across, "BLOCK": min(2 * PLANE, triton.next_power_of_2(plan.count))}
     given = "planes dlogits_of_window weight_parts"
-    more = _sides(sides) | {"ACROSS": across, "BLOCK": min(2 * PLANE, triton.next_power_of_2(plan.count))}
-    plan.step("grad_weight", (rows, parts), given, form.batch, *_plane(form), **more)
+    plan.step("grad_weight", (rows, parts), given, form.batch, *form.plane, **sides, **more)
 
 
-def _grad_mlp(plan: Plan, shares: int, others: int, *, summary: bool, maximum: bool) -> None:
+def _grad_summary(plan: Plan, *, summary: bool, maximum: bool) -> int:
+    """What comes by the summary, and how often maxima are there; in how many parts."""
+    form, tile = plan.form, plan.tile("grad_summary")
+    norm = form.norm is not None
+    parts = plan.shares(plan.blocks_n(tile), plan.blocks_c(tile))
+    if summary:
+        plan.hold("scratch", "by_summary", parts, 2 if norm else 1, form.batch, form.channels)
+    if maximum:
+        plan.hold("scratch", "counts", parts, form.batch, form.channels)
+    if summary or maximum:
+        there = {"NORM": norm, "SUMMARY": summary, "COUNT": maximum}
+        given = "x gate factors affine maxima dplanes top by_summary counts"
+        grid = (plan.blocks_c(tile), parts, form.batch)
+        plan.step("grad_summary", grid, given, *plan.shape, **there, **tile)
+    return parts
+
+
+def _grad_mlp(plan: Plan, mlp: Mlp, shares: int, *, see: bool) -> None:
     form = plan.form
-    assert form.mlp is not None  # noqa: S101
-    pools, activation, gate, width = form.mlp
     small, norm = (form.batch, form.channels), form.norm is not None
-    blocks = -(-form.batch * form.channels // FLAT)
+    summary, maximum = see and form.window is not None, "max" in mlp.pools
+    others = _grad_summary(plan, summary=summary, maximum=maximum)
+    blocks, pools = -(-form.batch * form.channels // FLAT), len(mlp.pools)
     for name in ("number", "dlogits", "times"):
         plan.hold("scratch", name, *small)
     plan.hold("scratch", "sums", 2, *small)
     plan.hold("scratch", "plus", 2, *small)
-    plan.hold("scratch", "dfirst", len(pools), form.batch, width)
+    plan.hold("scratch", "dfirst", pools, form.batch, mlp.width)
     plan.hold("scratch", "by_hat", form.channels)
     plan.hold("scratch", "strengths", blocks, dtype=torch.float64)
     plan.step(
@@ -461,47 +473,54 @@ def _grad_mlp(plan: Plan, shares: int, others: int, *, summary: bool, maximum: b
         form.batch,
         shares,
         others,
-        GATE=gate,
+        GATE=mlp.gate,
         NORM=norm,
         SUMMARY=summary,
         COUNT=maximum,
         STRENGTH=plan.has("strength"),
         BLOCK_C=FLAT,
     )
-    sizes = (form.channels, width)
-    blocks_h, blocks_c = -(-width // WEIGHTS["BLOCK_H"]), -(-form.channels // WEIGHTS["BLOCK_C"])
-    more: dict[str, Any] = {"POOLS": len(pools), "ACTIVATION": activation} | WEIGHTS
-    given = "dlogits second first_of_pools dfirst"
-    plan.step("grad_mlp_second", (blocks_h, form.batch), given, *sizes, **more)
-    more = {"SHARED": not norm} | _pools(form) | WEIGHTS
-    given = "dfirst first number plus"
-    plan.step("grad_mlp_first", (blocks_c, form.batch), given, form.channels, plan.count, width, **more)
-    more = {"POOLS": len(pools), "BIAS_FIRST": plan.has("first_bias"), "BIAS_SECOND": plan.has("second_bias")}
+    sizes = (form.channels, mlp.width)
+    blocks_h, blocks_c = -(-mlp.width // WEIGHTS["BLOCK_H"]), -(-form.channels // WEIGHTS["BLOCK_C"])
+    more: dict[str, Any] = {"POOLS": pools, "ACTIVATION": mlp.activation} | WEIGHTS
+    plan.step("grad_mlp_second", (blocks_h, form.batch), "dlogits second first_of_pools dfirst", *sizes, **more)
+    more = {"SHARED": not norm} | form.pools | WEIGHTS
+    numbers = (form.channels, plan.count, mlp.width)
+    plan.step("grad_mlp_first", (blocks_c, form.batch), "dfirst first number plus", *numbers, **more)
+    more = {"POOLS": pools, "BIAS_FIRST": plan.has("first_bias"), "BIAS_SECOND": plan.has("second_bias")}
     given = "dfirst pools dlogits hidden grad_first grad_first_bias grad_second grad_second_bias"
-    grid: tuple[int, ...] = (-(-width // PRODUCTS["BLOCK_H"]), -(-form.channels // PRODUCTS["BLOCK_C"]))
+    grid = (-(-mlp.width // PRODUCTS["BLOCK_H"]), -(-form.channels // PRODUCTS["BLOCK_C"]))
     plan.step("grad_mlp_weights", grid, given, *sizes, form.batch, **more, **PRODUCTS)
     if form.norm is not None:
-        there = {"TRAINING": form.norm[0], "WEIGHT": plan.has("bn_weight"), "BIAS": plan.has("bn_bias")}
+        there = {"TRAINING": form.norm.training, "WEIGHT": plan.has("bn_weight"), "BIAS": plan.has("bn_bias")}
         given = "gate affine hat top sums number plus times by_hat grad_bn_weight grad_bn_bias"
-        grid = (-(-form.channels // BATCHES["BLOCK_C"]),)
-        sizes = (form.channels, plan.count)
-        plan.step("grad_norm", grid, given, *sizes, form.batch, MAX=maximum, **there, **BATCHES)
+        blocks = -(-form.channels // BATCHES["BLOCK_C"])
+        numbers = (form.channels, plan.count, form.batch)
+        plan.step("grad_norm", (blocks,), given, *numbers, MAX=maximum, **there, **BATCHES)
 
 
-def _rows(form: Form) -> tuple[int, int, int]:
-    """Rows of a window over both planes, into how many parts samples are shared out for each, and how long rows are."""
-    if form.window is None:
-        return 1, 1, 1
-    sides = _sides(form.window[0])
-    rows = 2 * sides["DEEP"] * sides["HIGH"]
-    return rows, max(1, min(form.batch, 4 * PROGRAMS // rows)), triton.next_power_of_2(sides["WIDE"])
+def _grad_input(plan: Plan, *, given: bool, see: bool) -> None:
+    form, tile = plan.form, plan.tile("grad_input")
+    pools = form.pools
+    there = {
+        "GIVEN": given,
+        "NORM": form.norm is not None,
+        "THROUGH": form.norm is not None and form.norm.training,
+        "CHANNEL": form.mlp is not None,
+        "SPATIAL": form.window is not None,
+        "GATED": see,
+        "POOLED": plan.has("plus"),
+        "MAX": plan.has("plus") and pools["FIRST"] + pools["POOLS"] == 2,
+    }
+    tensors = "x dy gate factors affine times by_hat spatial maxima dplanes top plus dx"
+    plan.step("grad_input", plan.every(tile), tensors, *plan.shape, **there, **tile)
 
 
 def _finish(plan: Plan) -> None:
     form = plan.form
     rows, parts, across = _rows(form)
     there = {"WINDOW": form.window is not None, "STRENGTH": plan.has("strength"), "BY_CHANNEL": plan.has("strengths")}
-    wide = form.window[0][-1] if form.window is not None else 1
+    wide = form.window.sides[-1] if form.window is not None else 1
     more = {"WIDE": wide, "ACROSS": across, "OF_PARTS": triton.next_power_of_2(parts)}
     given = "weight_parts strengths strength_of_window grad_weight grad_strength"
     count = -(-form.batch * form.channels // FLAT)
