@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from convattn import ops
+from convattn.attachment.wrapper import Attached
 from convattn.errors import BackendUnavailable
 from convattn.nn import CBAM, ChannelAttention, SpatialAttention, SqueezeExcite
-from convattn.ops import cuda, fused, reference
+from convattn.ops import backends, cuda, fused, reference
 from convattn.ops.gates import Gates, Norm
 from gradients_by_name import check, gradients, truth
 from tolerances import assert_close
@@ -213,6 +214,95 @@ def test_running_statistics_follow(momentum: float | None) -> None:
         assert other.running_mean._version > version
     for name, one in norm.state_dict().items():
         assert_close(other.state_dict()[name], one)
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules run through the kernels wherever their maps lie."""
+    monkeypatch.setattr(backends, "choice", lambda x: "cuda")
+
+
+@pytest.mark.parametrize("name", ["se", "spatial", "cbam, identity"])
+def test_some_gradients_only_and_backward_twice(name: str, served: None) -> None:
+    module = built(name, 4)
+    x, dy = torch.randn(2, 2, 4, 3, 2, device=DEVICE)
+    every = gradients(module, x, dy)
+    leaf = x.clone().requires_grad_()
+    y = module(leaf)
+    (alone,) = torch.autograd.grad(y, [leaf], dy, retain_graph=True)
+    (again,) = torch.autograd.grad(y, [leaf], dy)
+    assert torch.equal(alone, every["x"]) and torch.equal(again, alone)
+    of_parameters = torch.autograd.grad(module(x), list(module.parameters()), dy)
+    for found, (key, _) in zip(of_parameters, module.named_parameters(), strict=True):
+        assert torch.equal(found, every[key])
+
+
+def test_gradients_of_gradients(served: None) -> None:
+    module = built("cbam, 3 wide", 4)
+
+    def second(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+        x = x.requires_grad_()
+        first = torch.autograd.grad(module(x).square().sum(), [x, *module.parameters()], create_graph=True)
+        return list(torch.autograd.grad(sum(one.square().sum() for one in first), [x, *module.parameters()]))
+
+    x = torch.randn(2, 4, 3, 2, device=DEVICE)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(backends, "choice", lambda x: "reference")
+        expected = second(copy.deepcopy(module).double(), x.double())
+    for found, true in zip(second(module, x.clone()), expected, strict=True):
+        assert float((found - true).abs().max()) <= 1e-3 * float(true.abs().max())
+
+
+def test_weights_in_channels_last(served: None) -> None:
+    module = built("cbam", 4)
+    x, dy = torch.randn(2, 2, 4, 3, 2, device=DEVICE)
+    expected = gradients(module, x, dy)
+    module.to(memory_format=torch.channels_last)
+    assert not module.spatial.conv.weight.is_contiguous()
+    # and those of linear layers may be transposed
+    module.channel.fc1.weight.data = module.channel.fc1.weight.data.t().contiguous().t()
+    for name, one in gradients(module, x, dy).items():
+        assert_close(one, expected[name])
+
+
+@pytest.mark.parametrize("channels", [1, 5000])
+def test_one_channel_and_many(channels: int) -> None:
+    module = ChannelAttention(channels, reduction=max(1, channels // 3))
+    check_module(drawn(module), torch.randn(2, channels, 3, 2) / channels**0.5)
+
+
+def test_a_norm_behind_which_it_is_attached(served: None) -> None:
+    layer = nn.BatchNorm2d(4).to(DEVICE)
+    module = Attached(layer, built("cbam", 4))
+    other = copy.deepcopy(module)
+    u, dy = torch.randn(2, 3, 4, 3, 2, device=DEVICE)
+    found = gradients(module, u, dy)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(backends, "choice", lambda x: "reference")
+        check(other, u, dy, found)
+        other(u)
+    for name, one in other.named_buffers():
+        assert_close(dict(module.named_buffers())[name].float(), one.float())
+
+
+@pytest.mark.slow
+def test_two_hundred_steps_of_training_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses: dict[str, list[float]] = {"cuda": [], "reference": []}
+    for backend, found in losses.items():
+        monkeypatch.setattr(backends, "choice", lambda x, backend=backend: backend)
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), CBAM(6, reduction=2), nn.Flatten(), nn.Linear(54, 3))
+        network.to(DEVICE)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
+        x, labels = torch.randn(8, 3, 5, 5, device=DEVICE), torch.randint(3, (8,), device=DEVICE)
+        for _ in range(200):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(network(x), labels)
+            loss.backward()
+            optimizer.step()
+            found.append(float(loss.detach()))
+    assert losses["cuda"][-1] < 0.3 * losses["cuda"][0]
+    assert losses["cuda"] == pytest.approx(losses["reference"], rel=1e-3)
 
 
 def test_mean_max_pooling() -> None:

@@ -104,7 +104,12 @@ class Kernels:
     ) -> tuple[Maybe, Maybe, tuple[Maybe, ...]]:
         """See `gates.Kernels`."""
         given = _tensors(gates, norm)
-        grads = {f"grad_{name}": torch.empty_like(one) for name, one in given.items() if one is not None}
+        # written in one piece, however a weight lies
+        grads = {
+            f"grad_{name}": torch.empty_like(one, memory_format=torch.contiguous_format)
+            for name, one in given.items()
+            if one is not None
+        }
         if strength is not None:
             grads["grad_strength"] = torch.empty_like(strength)
         dx = torch.empty_like(x) if needs_map else None
