@@ -64,6 +64,23 @@ def test_a_network(small: None, tmp_path: Path) -> None:
     assert (folder / "figure.svg").read_text().startswith("<?xml")
 
 
+def test_half_precision(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[torch.dtype] = set()
+
+    def watching(*given: Any) -> None:
+        for one in given[0].values():
+            one.register_forward_hook(lambda module, inputs, y: seen.add(y.dtype))
+        original(*given)
+
+    original = bench._agree
+    monkeypatch.setattr(bench, "_agree", watching)
+    given: dict[str, Any] = {"network": "resnet18", "repeats": 3, "batch": 2, "side": 32, "dtype": "bfloat16"}
+    result = bench.run("cbam", against=["timm"], shapes=[SHAPE], **given)
+    assert "dtype bfloat16" in bench.markdown(result, ["timm"]) and len(result.maps) == 8 and len(result.networks) == 2
+    # compared in the one, timed in the other
+    assert seen == {torch.float32, torch.bfloat16}
+
+
 def test_a_network_that_timm_builds_without_it(small: None) -> None:
     result = bench.run("cbam", network="resnet20", against=["timm"], shapes=[], repeats=3, batch=2, side=32)
     assert set(result.networks[0].ratios) == {"ours"}
@@ -73,6 +90,8 @@ def test_a_network_that_timm_builds_without_it(small: None) -> None:
     "wrong",
     [
         {"op": "eca"},
+        {"device": "gpu"},
+        {"dtype": "int8"},
         {"against": ["mine"]},
         {"repeats": 0},
         {"batch": 0},
