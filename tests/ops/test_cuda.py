@@ -34,8 +34,10 @@ BUILDS: dict[str, Callable[[int, int], nn.Module]] = {
     "cbam": lambda c, d: CBAM(c, reduction=2, dimensions=d),
     "cbam, without norm": lambda c, d: CBAM(c, reduction=2, norm=None, kernel_size=3, dimensions=d),
     "cbam, 3 wide": lambda c, d: CBAM(c, reduction=2, kernel_size=3, dimensions=d),
-    "cbam, identity": lambda c, d: CBAM(c, reduction=2, start="identity", dimensions=d),
-    "cbam, parallel": lambda c, d: CBAM(c, reduction=2, order="parallel", start="identity", dimensions=d),
+    "cbam, identity": lambda c, d: CBAM(c, reduction=2, kernel_size=3, start="identity", dimensions=d),
+    "cbam, parallel": lambda c, d: CBAM(
+        c, reduction=2, kernel_size=3, order="parallel", start="identity", dimensions=d
+    ),
 }
 each_build = pytest.mark.parametrize("name", BUILDS)
 
@@ -98,7 +100,7 @@ def test_activations(activation: str, gate: str) -> None:
 
 SHAPES = [
     ("cbam", (2, 70, 13, 11)),
-    ("cbam", (2, 9, 17, 19)),
+    ("cbam, 3 wide", (2, 9, 17, 19)),
     ("cbam", (2, 5, 300)),
     ("channel", (40, 9, 3, 3)),
     ("cbam, 3 wide", (2, 4, 3, 4, 5)),
