@@ -43,9 +43,10 @@ each_small = pytest.mark.parametrize("network", SMALL)
 
 @functools.cache
 def _created(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    model = CifarResNet(1) if name == "small" else networks.create(name)
-    with torch.no_grad():
+    # whether a test is the first or not, its own random numbers are the same
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = CifarResNet(1) if name == "small" else networks.create(name)
         for module in model.modules():
             # timm's branches start at 0, where a gate can change nothing
             if isinstance(module, nn.BatchNorm2d):
@@ -118,11 +119,11 @@ class Run:
 def plain_runs(network: str) -> tuple[list[Run], dict[str, torch.Tensor]]:
     """Runs in all dtypes and modes, one after the other, and the state dict after them."""
     model, runs = plain(network), []
-    # from wide to narrow, since one network is converted
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        for training in (False, True):
-            x = images(network, dtype)
-            with torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():
+        # from wide to narrow, since one network is converted
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            for training in (False, True):
+                x = images(network, dtype)
                 runs.append(Run(dtype, training, x, model.to(dtype).train(training)(x)))
     return runs, model.state_dict()
 
@@ -147,7 +148,8 @@ def test_start_is_exact(network: str, attention: str) -> None:
         assert y.dtype == run.dtype and y.isfinite().all()
         assert torch.equal(y, run.y), (run.dtype, run.training)
     # the statistics of all layers, after having trained
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
+    found = model.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in state.items())
     # pooling by mean beside pooling by mean changes nothing at any strength
     if attention != "avg":
         for parameter in strengths(model):

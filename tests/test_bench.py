@@ -74,7 +74,7 @@ def test_half_precision(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
     original = bench._agree
     monkeypatch.setattr(bench, "_agree", watching)
-    given: dict[str, Any] = {"network": "resnet18", "repeats": 3, "batch": 2, "side": 32, "dtype": "bfloat16"}
+    given: dict[str, Any] = {"network": "resnet20", "repeats": 3, "batch": 2, "side": 32, "dtype": "bfloat16"}
     result = bench.run("cbam", against=["timm"], shapes=[SHAPE], **given)
     assert "dtype bfloat16" in bench.markdown(result, ["timm"]) and len(result.maps) == 8 and len(result.networks) == 2
     # compared in the one, timed in the other

@@ -13,11 +13,13 @@ from tolerances import assert_close
 
 @functools.cache
 def network(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    model = networks.create(name).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
+    # whether a test is the first or not, its own random numbers are the same
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = networks.create(name).eval()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.5, 1.5)
     return model
 
 

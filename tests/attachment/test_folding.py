@@ -311,7 +311,7 @@ def test_layers_that_take_the_gate_before_them(layer: str, dtype: torch.dtype) -
     bias = {key: value.clone() for key, value in model.state_dict().items() if key.endswith("bias")}
     check_folded(model, x)
     # a gate on the input does not touch what is added
-    assert all(torch.equal(model.state_dict()[key], bias[key]) for key in model.state_dict() if key.endswith("bias"))
+    assert all(torch.equal(one, bias[key]) for key, one in model.state_dict().items() if key.endswith("bias"))
 
 
 def test_a_spatial_gate_is_one_number_for_all_channels() -> None:
@@ -954,11 +954,12 @@ def test_modes_and_statistics_are_left_alone(training: bool) -> None:
     x, random = images(), torch.get_rng_state()
     fold(model, x, tolerance=10, allow=())
     assert {name: module.training for name, module in model.named_modules()} == modes
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in statistics.items())
+    found = model.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in statistics.items())
     fold(model, x, tolerance=10)
     assert not wrappers(model) and torch.equal(torch.get_rng_state(), random)
     assert all(module.training == modes[name] for name, module in model.named_modules())
-    assert all(torch.equal(model.state_dict()[key], statistics[key]) for key in model.state_dict() if key in statistics)
+    assert all(torch.equal(one, statistics[key]) for key, one in model.state_dict().items() if key in statistics)
 
 
 def test_the_gate_is_watched_in_eval_mode() -> None:

@@ -1484,8 +1484,9 @@ def test_logits_are_the_same_at_the_start(form: str, head: str) -> None:
                 results.append(one.train(training)(x))
             assert results[0].dtype == dtype and results[0].isfinite().all()
             assert torch.equal(*results), (dtype, training)
+        found = model.state_dict()
         for key, value in original.state_dict().items():
-            assert torch.equal(model.state_dict()[key], value), key
+            assert torch.equal(found[key], value), key
 
 
 @each_head

@@ -57,7 +57,10 @@ def only_fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def built(name: str, channels: int, dimensions: int = 2) -> nn.Module:
-    module = BUILDS[name](channels, dimensions)
+    return drawn(BUILDS[name](channels, dimensions))
+
+
+def drawn(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.5)
     return module
@@ -111,7 +114,7 @@ def test_shapes_of_all_kinds(data: st.DataObject) -> None:
 @pytest.mark.parametrize("shape", [(2, 5000, 3, 3), (1, 3, 130, 141), (5, 1, 9, 9), (3, 70, 1, 1), (40, 64, 14, 14)])
 @pytest.mark.parametrize("last", [False, True])
 def test_large_and_narrow_shapes(shape: tuple[int, ...], last: bool) -> None:
-    module = built("cbam", shape[1])
+    module = drawn(CBAM(shape[1]))
     for parameter in module.channel.parameters():
         parameter.data.mul_(0.1)
     x = in_format(torch.randn(shape), last)

@@ -1,11 +1,12 @@
 """The operators in Triton against plain PyTorch: in Triton's interpreter, or on a GPU where TRITON_INTERPRET is 0."""
 
 import copy
+import dataclasses
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,6 +41,16 @@ BUILDS: dict[str, Callable[[int, int], nn.Module]] = {
     ),
 }
 each_build = pytest.mark.parametrize("name", BUILDS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_checks_for_overflow() -> Iterator[None]:
+    """A third of the interpreter's time goes into them, and what is counted here is small."""
+    from triton.runtime.interpreter import interpreter_builder as interpreter
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(interpreter, "options", dataclasses.replace(interpreter.options, sanitize_overflow=False))
+        yield
 
 
 def built(name: str, channels: int, dimensions: int = 2) -> nn.Module:

@@ -53,7 +53,11 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def built(name: str, channels: int, dimensions: int = 2, **options: Any) -> Attached:
-    module = Attached(NORMS[dimensions](channels, **options), BUILDS[name](channels, dimensions))
+    return behind_norm(BUILDS[name](channels, dimensions), dimensions, **options)
+
+
+def behind_norm(gate: nn.Module, dimensions: int, **options: Any) -> Attached:
+    module = Attached(NORMS[dimensions](gate.channels, **options), gate)
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.5)
     nn.init.normal_(module.running_mean)
@@ -109,7 +113,7 @@ def test_shapes_of_all_kinds(data: st.DataObject) -> None:
 @pytest.mark.parametrize("shape", [(2, 5000, 3, 3), (1, 3, 130, 141), (5, 1, 9, 9), (30, 70, 1, 1), (40, 64, 14, 14)])
 @pytest.mark.parametrize("last", [False, True])
 def test_large_and_narrow_shapes(shape: tuple[int, ...], last: bool, served: list[str]) -> None:
-    module = built("cbam", shape[1])
+    module = behind_norm(CBAM(shape[1]), 2)
     for parameter in module.attention.channel.parameters():
         parameter.data.mul_(0.1)
     check_norm(module, in_format(torch.randn(shape), last), served)
