@@ -25,7 +25,7 @@ OTHERS = {
 # what is a number and no yes or no, and two memory formats
 SIZES = {"STAGES": 2, "UNROLL": 2, "STEPS": 2, "DEEP": 1, "HIGH": 7, "WIDE": 7, "ACROSS": 8, "OF_PARTS": 256}
 SIZES |= {"POOLS": 2, "FIRST": 0, "ACTIVATION": "relu", "GATE": "sigmoid"}
-SIZES |= {"BLOCK": 256, "BLOCK_H": 16, "BLOCK_B": 32}
+SIZES |= {"BLOCK": 256, "COLS": 64, "BLOCK_H": 16, "BLOCK_B": 32}
 SIDES = ((16, 256), (64, 16))
 KERNELS = [name for name, one in vars(kernels).items() if isinstance(one, triton.JITFunction) and name[0] != "_"]
 

@@ -113,6 +113,7 @@ SHAPES = [
     ("cbam", (2, 70, 13, 11)),
     ("cbam, 3 wide", (2, 9, 17, 19)),
     ("cbam", (2, 5, 300)),
+    ("cbam, 3 wide", (2, 3, 5, 70)),
     ("channel", (40, 9, 3, 3)),
     ("cbam, 3 wide", (2, 4, 3, 4, 5)),
     # the interpreter takes long for each of the many neighbours

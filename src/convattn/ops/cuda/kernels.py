@@ -438,13 +438,20 @@ def _gated(v, gate, factors, at, there, step, NORM: tl.constexpr, GATED: tl.cons
 
 
 @triton.jit
-def _near(place, tap, deep, height, width, DEEP: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr):
-    """Where a place's neighbour in a window lies, and whether it does."""
-    under = place // (height * width) + tap // (HIGH * WIDE) - DEEP // 2
-    near = place // width % height + tap // WIDE % HIGH - HIGH // 2
-    beside = place % width + tap % WIDE - WIDE // 2
-    there = (under >= 0) & (under < deep) & (near >= 0) & (near < height) & (beside >= 0) & (beside < width)
-    return (under * height + near) * width + beside, there
+def _tile_of_plane(block, width, COLS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows, those of all depths one after the other, and columns of the places of a tile."""
+    each, across = tl.arange(0, BLOCK), tl.cdiv(width, COLS)
+    return block // across * (BLOCK // COLS) + each // COLS, block % across * COLS + each % COLS
+
+
+@triton.jit
+def _line(line, rows, deep, height, DEEP: tl.constexpr, HIGH: tl.constexpr):
+    """How many rows away what a line of a window covers lies, and of which rows that is inside of the plane."""
+    under, near = line // HIGH - DEEP // 2, line % HIGH - HIGH // 2
+    there = (rows < deep * height) & (rows % height + near >= 0) & (rows % height + near < height)
+    if DEEP > 1:
+        there &= (rows // height + under >= 0) & (rows // height + under < deep)
+    return under * height + near, there
 
 
 @triton.jit
@@ -462,28 +469,45 @@ def convolve(
     HIGH: tl.constexpr,
     WIDE: tl.constexpr,
     MOMENTS: tl.constexpr,
+    COLS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A window over two planes (2, B, N) to logits (B, N), and the mean and summed squares of each block of them."""
+    """A window over two planes (2, B, N) to logits (B, N), and of each tile of them mean, summed squares and number."""
     block, sample, batch = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     n = deep * height * width
-    places = block * BLOCK + tl.arange(0, BLOCK)
+    rows, cols = _tile_of_plane(block, width, COLS, BLOCK)
+    inside = (rows < deep * height) & (cols < width)
     plane = sample.to(tl.int64) * n
-    maxima = planes + batch.to(tl.int64) * n
+    here = planes + plane + rows * width + cols
     total = tl.zeros([BLOCK], tl.float32)
-    for tap in tl.range(0, DEEP * HIGH * WIDE, loop_unroll_factor=7):
-        near, there = _near(places, tap, deep, height, width, DEEP, HIGH, WIDE)
-        there &= places < n
-        at = weight + tap * stride_t
-        total += tl.load(planes + plane + near, mask=there, other=0.0) * tl.load(at).to(tl.float32)
-        total += tl.load(maxima + plane + near, mask=there, other=0.0) * tl.load(at + stride_p).to(tl.float32)
-    tl.store(logits + plane + places, total, mask=places < n)
+    for line in range(DEEP * HIGH):
+        away, in_rows = _line(line, rows, deep, height, DEEP, HIGH)
+        means = here + away * width
+        maxima = means + batch.to(tl.int64) * n
+        for tap in tl.static_range(WIDE):
+            beside = tap - WIDE // 2
+            there = in_rows & (cols + beside >= 0) & (cols + beside < width)
+            at = weight + (line * WIDE + tap) * stride_t
+            total += tl.load(means + beside, mask=there, other=0.0) * tl.load(at).to(tl.float32)
+            total += tl.load(maxima + beside, mask=there, other=0.0) * tl.load(at + stride_p).to(tl.float32)
+    tl.store(logits + plane + rows * width + cols, total, mask=inside)
     if MOMENTS:
-        mean = tl.sum(tl.where(places < n, total, 0.0), axis=0) / tl.minimum(n - block * BLOCK, BLOCK)
-        beyond = tl.where(places < n, total - mean, 0.0)
-        at = parts + 2 * (sample * tl.num_programs(0) + block)
+        number = tl.sum(inside.to(tl.float32), axis=0)
+        mean = tl.sum(tl.where(inside, total, 0.0), axis=0) / number
+        beyond = tl.where(inside, total - mean, 0.0)
+        at = parts + 3 * (sample * tl.num_programs(0) + block)
         tl.store(at, mean)
         tl.store(at + 1, tl.sum(beyond * beyond, axis=0))
+        tl.store(at + 2, number)
+
+
+@triton.jit
+def _moments_of_tiles(parts, begin, count):
+    """Means, summed squares and numbers of some of the tiles of `convolve`."""
+    each = begin + tl.arange(0, PARTS)
+    at, there = parts + 3 * each, each < count
+    of_tile, squares = tl.load(at, mask=there, other=0.0), tl.load(at + 1, mask=there, other=0.0)
+    return of_tile.to(tl.float64), squares.to(tl.float64), tl.load(at + 2, mask=there, other=0.0).to(tl.float64)
 
 
 @triton.jit
@@ -500,13 +524,13 @@ def gate(
     moments,
     batch,
     n,
+    count,
     eps,
     NORM: tl.constexpr,
     TRAINING: tl.constexpr,
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
     STRENGTH: tl.constexpr,
-    OF_PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The gate (B, N) of logits behind their norm; mean and variance (2) that it has used, those of all in training."""
@@ -515,21 +539,15 @@ def gate(
     v = tl.load(logits + places, mask=inside, other=0.0)
     if NORM:
         if TRAINING:
-            blocks = tl.cdiv(n, OF_PARTS)
-            count = batch * blocks
             total = tl.zeros([PARTS], tl.float64)
             for begin in range(0, count, PARTS):
-                each = begin + tl.arange(0, PARTS)
-                size = tl.minimum(n - (each % blocks) * OF_PARTS, OF_PARTS).to(tl.float64)
-                total += size * tl.load(parts + 2 * each, mask=each < count, other=0.0)
+                of_tile, _, number = _moments_of_tiles(parts, begin, count)
+                total += number * of_tile
             of_mean = tl.sum(total, axis=0) / batch / n
             rest = tl.zeros([PARTS], tl.float64)
             for begin in range(0, count, PARTS):
-                each = begin + tl.arange(0, PARTS)
-                size = tl.minimum(n - (each % blocks) * OF_PARTS, OF_PARTS).to(tl.float64)
-                beyond = tl.load(parts + 2 * each, mask=each < count, other=0.0) - of_mean
-                rest += tl.where(each < count, size * beyond * beyond, 0.0)
-                rest += tl.load(parts + 2 * each + 1, mask=each < count, other=0.0)
+                of_tile, squares, number = _moments_of_tiles(parts, begin, count)
+                rest += squares + number * (of_tile - of_mean) * (of_tile - of_mean)
             of_var = (tl.sum(rest, axis=0) / batch / n).to(tl.float32)
             of_mean = of_mean.to(tl.float32)
             if tl.program_id(0) == 0:
@@ -848,6 +866,7 @@ def grad_planes(
     DEEP: tl.constexpr,
     HIGH: tl.constexpr,
     WIDE: tl.constexpr,
+    COLS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Gradients of the logits (B, N), and what comes by the summary to each place: to all channels, to the maxima.
@@ -856,9 +875,9 @@ def grad_planes(
     """
     sample, batch = tl.program_id(1), tl.num_programs(1)
     n = deep * height * width
-    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < n
-    plane = sample.to(tl.int64) * n
+    rows, cols = _tile_of_plane(tl.program_id(0), width, COLS, BLOCK)
+    inside = (rows < deep * height) & (cols < width)
+    places = sample.to(tl.int64) * n + rows * width + cols
     first = (sample == 0) & (tl.program_id(0) == 0)
     by, by_hat, by_one, of_mean, deviation = 1.0, 0.0, 0.0, 0.0, 0.0
     if NORM:
@@ -877,31 +896,36 @@ def grad_planes(
     if STRENGTH:  # noqa: SIM102  a constant decides at compile time, a number does not
         if first:
             tl.store(dstrength, _sum_of_parts(parts + 2, count).to(tl.float32))
-    v = _through(logits, d, plane + places, inside, by, by_hat, by_one, of_mean, deviation, NORM, TRAINING)
-    tl.store(dlogits + plane + places, v, mask=inside)
+    v = _through(logits + places, d + places, inside, by, by_hat, by_one, of_mean, deviation, NORM, TRAINING)
+    tl.store(dlogits + places, v, mask=inside)
     to_all = tl.zeros([BLOCK], tl.float32)
     to_maxima = tl.zeros([BLOCK], tl.float32)
-    for tap in tl.range(0, DEEP * HIGH * WIDE, loop_unroll_factor=7):
-        # whoever has this place as its neighbour there
-        near, there = _near(places, DEEP * HIGH * WIDE - 1 - tap, deep, height, width, DEEP, HIGH, WIDE)
-        there &= inside
-        v = _through(logits, d, plane + near, there, by, by_hat, by_one, of_mean, deviation, NORM, TRAINING)
-        at = weight + tap * stride_t
-        to_all += v * tl.load(at).to(tl.float32)
-        to_maxima += v * tl.load(at + stride_p).to(tl.float32)
-    number = tl.load(counts + plane + places, mask=inside, other=1.0)
+    for line in range(DEEP * HIGH):
+        # whoever has these places in this line of its window
+        away, in_rows = _line(DEEP * HIGH - 1 - line, rows, deep, height, DEEP, HIGH)
+        of_logits, of_d = logits + places + away * width, d + places + away * width
+        for tap in tl.static_range(WIDE):
+            beside = WIDE // 2 - tap
+            there = in_rows & (cols + beside >= 0) & (cols + beside < width)
+            v = _through(
+                of_logits + beside, of_d + beside, there, by, by_hat, by_one, of_mean, deviation, NORM, TRAINING
+            )
+            at = weight + (line * WIDE + tap) * stride_t
+            to_all += v * tl.load(at).to(tl.float32)
+            to_maxima += v * tl.load(at + stride_p).to(tl.float32)
+    number = tl.load(counts + places, mask=inside, other=1.0)
     to_all, to_maxima = _shared(to_all / c, to_maxima, number)
-    tl.store(planes + plane + places, to_all, mask=inside)
-    tl.store(planes + (batch + sample).to(tl.int64) * n + places, to_maxima, mask=inside)
+    tl.store(planes + places, to_all, mask=inside)
+    tl.store(planes + batch.to(tl.int64) * n + places, to_maxima, mask=inside)
 
 
 @triton.jit
-def _through(logits, d, at, there, by, by_hat, by_one, of_mean, deviation, NORM: tl.constexpr, TRAINING: tl.constexpr):
+def _through(logits, d, there, by, by_hat, by_one, of_mean, deviation, NORM: tl.constexpr, TRAINING: tl.constexpr):
     """The gradient before the norm of the logits; 0 where there is none."""
-    v = tl.load(d + at, mask=there, other=0.0)
+    v = tl.load(d, mask=there, other=0.0)
     if NORM:
         if TRAINING:
-            hat = (tl.load(logits + at, mask=there, other=0.0) - of_mean) * deviation
+            hat = (tl.load(logits, mask=there, other=0.0) - of_mean) * deviation
             v = tl.where(there, v - by_one - hat * by_hat, 0.0)
         v *= by
     return v
@@ -920,24 +944,31 @@ def grad_weight(
     HIGH: tl.constexpr,
     WIDE: tl.constexpr,
     ACROSS: tl.constexpr,
+    COLS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gradient of a window's weight (2 * DEEP * HIGH, parts, ACROSS), of some samples: a program for each row of it."""
-    row, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    """Gradient of a window's weight (2, DEEP * HIGH, parts, ACROSS), of some tiles: a program for each of its lines."""
+    line, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     n = deep * height * width
-    across = tl.arange(0, ACROSS)
-    taps = (row % (DEEP * HIGH)) * WIDE + across
-    planes += (row // (DEEP * HIGH)).to(tl.int64) * batch * n
-    total = tl.zeros([ACROSS, BLOCK], tl.float32)
-    for sample in range(part, batch, parts):
-        plane = tl.cast(n, tl.int64) * sample
-        for begin in range(0, n, BLOCK):
-            places = begin + tl.arange(0, BLOCK)
-            near, there = _near(places[None, :], taps[:, None], deep, height, width, DEEP, HIGH, WIDE)
-            there &= (places < n)[None, :] & (across < WIDE)[:, None]
-            d = tl.load(dlogits + plane + places, mask=places < n, other=0.0)
-            total += tl.load(planes + plane + near, mask=there, other=0.0) * d[None, :]
-    tl.store(found + (row * parts + part) * ACROSS + across, tl.sum(total, axis=1))
+    blocks = tl.cdiv(deep * height, BLOCK // COLS) * tl.cdiv(width, COLS)
+    taps = tl.arange(0, ACROSS)
+    beside = taps[:, None] - WIDE // 2
+    of_means = tl.zeros([ACROSS, BLOCK], tl.float32)
+    of_maxima = tl.zeros([ACROSS, BLOCK], tl.float32)
+    for tile in range(part, batch * blocks, parts):
+        rows, cols = _tile_of_plane(tile % blocks, width, COLS, BLOCK)
+        away, in_rows = _line(line, rows, deep, height, DEEP, HIGH)
+        places = tl.cast(n, tl.int64) * (tile // blocks) + rows * width + cols
+        d = tl.load(dlogits + places, mask=in_rows & (cols < width), other=0.0)[None, :]
+        there = (in_rows & (cols < width))[None, :] & (taps < WIDE)[:, None]
+        there &= (cols[None, :] + beside >= 0) & (cols[None, :] + beside < width)
+        means = planes + (places + away * width)[None, :] + beside
+        maxima = means + tl.cast(n, tl.int64) * batch
+        of_means += tl.load(means, mask=there, other=0.0) * d
+        of_maxima += tl.load(maxima, mask=there, other=0.0) * d
+    at = (line * parts + part) * ACROSS + taps
+    tl.store(found + at, tl.sum(of_means, axis=1))
+    tl.store(found + DEEP * HIGH * parts * ACROSS + at, tl.sum(of_maxima, axis=1))
 
 
 @triton.jit

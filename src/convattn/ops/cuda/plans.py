@@ -16,8 +16,8 @@ import triton
 Tensor = torch.Tensor
 # enough for a GPU to be busy
 PROGRAMS = 512
-# positions that a program takes of a plane, and elements of what is not the map
-PLANE, FLAT = 256, 1024
+# positions that a program takes of a plane, at most so many of a row, and elements of what is not the map
+PLANE, COLUMNS, FLAT = 256, 64, 1024
 # samples and channels that a program takes of small maps (B, C), and hidden units and channels of an MLP's weights
 BATCHES = {"BLOCK_B": 32, "BLOCK_C": 16}
 WEIGHTS = {"BLOCK_H": 16, "BLOCK_C": 128}
@@ -58,6 +58,11 @@ class Window(NamedTuple):
     normed: bool
     training: bool
     eps: float
+
+    @property
+    def extent(self) -> dict[str, int]:
+        """The three sides by name."""
+        return dict(zip(("DEEP", "HIGH", "WIDE"), (1,) * (3 - len(self.sides)) + self.sides, strict=True))
 
 
 class Norm(NamedTuple):
@@ -354,43 +359,52 @@ def _mlp(plan: Plan, mlp: Mlp) -> None:
 
 
 def _window(plan: Plan, window: Window) -> None:
-    form = plan.form
-    blocks = -(-plan.count // PLANE)
+    form, tile = plan.form, _tile_of_plane(plan.form)
+    blocks = _tiles_of_plane(form)
     trained = window.training and window.normed
     if trained:
-        plan.hold("scratch", "window_parts", form.batch * blocks, 2)
+        plan.hold("scratch", "window_parts", form.batch * blocks, 3)
     given = "planes weight of_window window_parts"
-    more = _sides(window) | {"MOMENTS": trained, "BLOCK": PLANE}
-    plan.step("convolve", (blocks, form.batch), given, *form.plane, *window.strides, **more)
+    grid = (blocks, form.batch)
+    plan.step("convolve", grid, given, *form.plane, *window.strides, MOMENTS=trained, **window.extent, **tile)
     plan.step(
         "gate",
         (-(-form.batch * plan.count // FLAT),),
         "of_window window_parts mean var norm_weight norm_bias strength spatial used moments",
         form.batch,
         plan.count,
+        form.batch * blocks,
         window.eps,
         NORM=window.normed,
         TRAINING=trained,
         WEIGHT=plan.has("norm_weight"),
         BIAS=plan.has("norm_bias"),
         STRENGTH=plan.has("strength"),
-        OF_PARTS=PLANE,
         BLOCK=FLAT,
     )
 
 
-def _sides(window: Window) -> dict[str, int]:
-    deep, high, wide = (1,) * (3 - len(window.sides)) + window.sides
-    return {"DEEP": deep, "HIGH": high, "WIDE": wide}
+def _tile_of_plane(form: Form) -> dict[str, int]:
+    """How many columns and places a program takes of a plane."""
+    columns = min(COLUMNS, triton.next_power_of_2(form.plane[2]))
+    rows = min(PLANE // columns, triton.next_power_of_2(form.plane[0] * form.plane[1]))
+    return {"COLS": columns, "BLOCK": columns * rows}
 
 
-def _rows(form: Form) -> tuple[int, int, int]:
-    """Rows of a window over both planes, into how many parts samples are shared out for each, and how long rows are."""
+def _tiles_of_plane(form: Form) -> int:
+    deep, height, width = form.plane
+    tile = _tile_of_plane(form)
+    return -(-deep * height // (tile["BLOCK"] // tile["COLS"])) * -(-width // tile["COLS"])
+
+
+def _lines(form: Form) -> tuple[int, int, int]:
+    """Lines of a window, into how many parts tiles are shared out for each, and how long lines are."""
     if form.window is None:
         return 1, 1, 1
-    sides = _sides(form.window)
-    rows = 2 * sides["DEEP"] * sides["HIGH"]
-    return rows, max(1, min(form.batch, 4 * PROGRAMS // rows)), triton.next_power_of_2(sides["WIDE"])
+    extent = form.window.extent
+    lines = extent["DEEP"] * extent["HIGH"]
+    parts = max(1, min(form.batch * _tiles_of_plane(form), PROGRAMS, 4 * PROGRAMS // lines))
+    return lines, parts, triton.next_power_of_2(extent["WIDE"])
 
 
 def _grad_gates(plan: Plan, tile: dict[str, Any], parts: int, groups: int, *, see: bool) -> None:
@@ -423,15 +437,14 @@ def _grad_window(plan: Plan, window: Window, groups: int) -> None:
     plan.step("grad_gate", (count,), given, form.batch, plan.count, groups, window.eps, **there, **more)
     given = "of_window behind window_parts used norm_weight weight places grad_norm_weight grad_norm_bias "
     given += "strength_of_window dlogits_of_window dplanes"
-    grid = (-(-plan.count // PLANE), form.batch)
+    tile, grid = _tile_of_plane(form), (_tiles_of_plane(form), form.batch)
     numbers = (*form.plane, *window.strides, form.channels, count, window.eps)
-    sides = _sides(window)
-    plan.step("grad_planes", grid, given, *numbers, TRAINING=window.training, BLOCK=PLANE, **there, **sides)
-    rows, parts, across = _rows(form)
-    plan.hold("scratch", "weight_parts", rows, parts, across)
-    more = {"ACROSS": across, "BLOCK": min(2 * PLANE, triton.next_power_of_2(plan.count))}
+    plan.step("grad_planes", grid, given, *numbers, TRAINING=window.training, **there, **window.extent, **tile)
+    lines, parts, across = _lines(form)
+    plan.hold("scratch", "weight_parts", 2, lines, parts, across)
     given = "planes dlogits_of_window weight_parts"
-    plan.step("grad_weight", (rows, parts), given, form.batch, *form.plane, **sides, **more)
+    numbers = (form.batch, *form.plane)
+    plan.step("grad_weight", (lines, parts), given, *numbers, ACROSS=across, **window.extent, **tile)
 
 
 def _grad_summary(plan: Plan, *, summary: bool, maximum: bool) -> int:
@@ -518,10 +531,10 @@ def _grad_input(plan: Plan, *, given: bool, see: bool) -> None:
 
 def _finish(plan: Plan) -> None:
     form = plan.form
-    rows, parts, across = _rows(form)
+    lines, parts, across = _lines(form)
     there = {"WINDOW": form.window is not None, "STRENGTH": plan.has("strength"), "BY_CHANNEL": plan.has("strengths")}
     wide = form.window.sides[-1] if form.window is not None else 1
     more = {"WIDE": wide, "ACROSS": across, "OF_PARTS": triton.next_power_of_2(parts)}
     given = "weight_parts strengths strength_of_window grad_weight grad_strength"
     count = -(-form.batch * form.channels // FLAT)
-    plan.step("finish", (rows,), given, parts, count, **there, **more)
+    plan.step("finish", (2 * lines,), given, parts, count, **there, **more)
