@@ -83,9 +83,8 @@ def backward(
     The mean and the variance of the gates are those that the norm has used. With a norm the gradient of the map needs
     sums of the gradient behind it, which come out of what is computed for the gates.
     """
-    mlp, window, pooled = gates.channel, gates.spatial, kept.pooled
+    mlp, window = gates.channel, gates.spatial
     gated = window is not None and mlp is not None and not gates.parallel
-    seen = None if kept.planes is None else kept.planes[1]
     by_mlp: tuple[Maybe, ...] = (None,) * 4
     by_window: tuple[Maybe, ...] = (None,) * 3
     dstrength = None
@@ -99,6 +98,8 @@ def backward(
         if found is not None:
             return found
         steps = cast(Steps, kernels)
+        kept = steps.apart(kept, gates)
+        pooled, seen = kept.pooled, None if kept.planes is None else kept.planes[1]
         if normed is not None:
             steps.restore(normed)
         dchannel, dspatial, places = steps.grad_gates(x, dy, kept.channel, kept.spatial, seen, gated)

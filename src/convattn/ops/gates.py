@@ -120,6 +120,18 @@ class Kept(NamedTuple):
     together: Maybe = None
 
 
+def shapes_kept(shape: Any, pools: int, width: Any, window: bool) -> dict[str, tuple[Any, ...]]:
+    """Shapes of what is in `Kept` of a map of a shape, by name; without pools there is no channel gate."""
+    batch, channels, *positions = shape
+    found: dict[str, tuple[Any, ...]] = {}
+    if pools:
+        found |= {"pooled": (pools, batch, channels), "first": (pools, batch, width), "hidden": (batch, width)}
+        found |= dict.fromkeys(("logits", "channel"), (batch, channels))
+    if window:
+        found |= {"planes": (2, batch, *positions)} | dict.fromkeys(("window", "spatial"), (batch, *positions))
+    return found
+
+
 class Norm(NamedTuple):
     """A batch norm straight before the gates, so that the map is norm(u) and u is what lies in memory.
 
@@ -186,6 +198,9 @@ class Kernels(Protocol):
 
 class Steps(Kernels, Protocol):
     """What also computes each step of a pass by itself, as `fused` asks for them."""
+
+    def apart(self, kept: "Kept", gates: Gates) -> "Kept":
+        """What is kept, piece by piece, where it lies in one piece."""
 
     def normalise(self, x: Tensor, norm: Norm) -> tuple[Tensor, Normed]:
         """Means and maxima over positions of the map behind a norm (2, B, C), and what is kept.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from convattn.ops import cpu, fused
-from convattn.ops.gates import Gates, Kept, Mlp, Window
+from convattn.ops.gates import Gates, Kept, Mlp, Window, shapes_kept
 
 Tensor = torch.Tensor
 Maybe = Any
@@ -40,24 +40,19 @@ def gated(
     tensors = (first, first_bias, second, second_bias, weight, norm_weight, norm_bias)
     gates = _gates(tensors, (mean, var), pools, activation, gate, training, eps, parallel)
     x = fused.dense(x)
+    kernels = cpu.Kernels(x)
     with torch.no_grad():
-        y, moments, kept, _ = fused.forward(cpu.Kernels(x), x, gates, strength, shortcut)
-    # some of what is kept lies in one piece of memory, which operators may not return
-    return [y, _present(moments), *(_present(one).clone() for one in kept)]
+        y, moments, kept, _ = fused.forward(kernels, x, gates, strength, shortcut)
+    # what lies in one piece of memory, operators may not return
+    return [y, _present(moments), *(_present(one).clone() for one in kernels.apart(kept, gates))]
 
 
 @gated.register_fake
 def _(x: Tensor, strength: Maybe, shortcut: Maybe, first: Maybe, *rest: Any) -> list[Tensor]:
     weight, mean, pools, training = rest[3], rest[6], rest[8], rest[11]
     nothing = (0,)
-    batch, channels, *spatial = x.shape
-    shapes: dict[str, tuple[Any, ...]] = {}
-    if first is not None:
-        width, count = first.shape[0], len(pools.split(","))
-        shapes |= {"pooled": (count, batch, channels), "first": (count, batch, width)}
-        shapes |= {"hidden": (batch, width), "logits": (batch, channels), "channel": (batch, channels)}
-    if weight is not None:
-        shapes |= {"planes": (2, batch, *spatial)} | dict.fromkeys(("window", "spatial"), (batch, *spatial))
+    count, width = (0, 0) if first is None else (len(pools.split(",")), first.shape[0])
+    shapes = shapes_kept(x.shape, count, width, weight is not None)
     moments = (2,) if training and mean is not None else nothing
     small = [moments, *(shapes.get(name, nothing) for name in Kept._fields)]
     return [torch.empty_like(x), *(x.new_empty(shape, dtype=torch.float32) for shape in small)]

@@ -6,7 +6,7 @@ import torch
 
 from convattn.ops import between
 from convattn.ops.cpu.library import FEW_PRODUCTS, SUFFIXES, loaded, threads_for, why_not
-from convattn.ops.gates import Gates, Kept, Mlp, Norm, Normed, Window
+from convattn.ops.gates import Gates, Kept, Mlp, Norm, Normed, Window, shapes_kept
 
 Tensor = torch.Tensor
 Maybe = Any
@@ -121,31 +121,17 @@ class Kernels:
         """See `gates.Kernels`."""
         if norm is not None:
             return None
-        mlp, window = gates.channel, gates.spatial
-        batch, channels = self.batch, self.channels
+        window = gates.spatial
         moments = None if window is None else _moments(window)
         given = self._gates(gates, moments)
         if given is None:
             return None
         of_mlp, of_window, _ = given
-        kept: list[Maybe] = [None] * 8
-        if mlp is not None:
-            pools, width = of_mlp[:2]
-            kept[:5] = (
-                torch.empty((pools, batch, channels)),
-                torch.empty((pools, batch, width)),
-                torch.empty((batch, width)),
-                torch.empty((batch, channels)),
-                torch.empty((batch, channels)),
-            )
-        if window is not None:
-            kept[5:] = (
-                torch.empty((2, batch, *self.positions)),
-                torch.empty((batch, *self.positions)),
-                torch.empty((batch, *self.positions)),
-            )
+        pools, width = of_mlp[:2]
+        sizes = self._sizes(pools, width, window is not None)
+        kept = torch.empty(sum(sizes))
+        pointers = _within(kept, sizes)
         y, strength = torch.empty_like(x), _small(strength)
-        pointers = [None if one is None else one.data_ptr() for one in kept]
         self._call(
             "gated",
             x.data_ptr(),
@@ -158,7 +144,7 @@ class Kernels:
             *of_window,
             *pointers[5:],
         )
-        return y, moments, Kept(*kept), None
+        return y, moments, Kept(together=kept), None
 
     def grad_at_once(
         self,
@@ -188,22 +174,40 @@ class Kernels:
         dx = torch.empty_like(x) if needs_map else None
         dstrength = None if strength is None else torch.empty(1)
         strength = _small(strength)
-        pointers = [
-            None if one is None else one.data_ptr() for one in (dx, strength, dstrength, *kept[:8], *by_mlp, *by_window)
-        ]
+        if kept.together is None:
+            pointers = [_at(one) for one in kept[:8]]
+        else:
+            pools, width = of_mlp[:2]
+            pointers = _within(kept.together, self._sizes(pools, width, window is not None))
         self._call(
             "grad_gated",
-            x.data_ptr(),
-            dy.data_ptr(),
-            *pointers[:3],
+            *map(_at, (x, dy, dx, strength, dstrength)),
             *of_mlp,
-            *pointers[3:8],
-            *pointers[11:15],
+            *pointers[:5],
+            *map(_at, by_mlp),
             *of_window,
-            *pointers[8:11],
-            *pointers[15:],
+            *pointers[5:],
+            *map(_at, by_window),
         )
         return dx, dstrength, (*by_mlp, *by_window)
+
+    def apart(self, kept: Kept, gates: Gates) -> Kept:
+        """See `gates.Steps`."""
+        mlp = gates.channel
+        if kept.together is None:
+            return kept
+        pools, width = (0, 0) if mlp is None else (len(mlp.pools), len(mlp.first))
+        shapes = shapes_kept((self.batch, self.channels, *self.positions), pools, width, gates.spatial is not None)
+        sizes = [size for size in self._sizes(pools, width, gates.spatial is not None) if size]
+        pieces = zip(shapes, kept.together.split(sizes), strict=True)
+        return Kept(**{name: piece.view(shapes[name]) for name, piece in pieces})
+
+    def _sizes(self, pools: int, width: int, window: bool) -> tuple[int, ...]:
+        """How many numbers each piece of what is kept has, in the order of `Kept`."""
+        batch, channels, count = self.shape[:3]
+        small, hidden = (batch * channels, batch * width) if pools else (0, 0)
+        plane = batch * count if window else 0
+        return pools * small, pools * hidden, hidden, small, small, 2 * plane, plane, plane
 
     def _gates(self, gates: Gates, moments: Maybe) -> tuple[tuple[Maybe, ...], tuple[Maybe, ...], list[Maybe]] | None:
         """An MLP and a window as the kernels take both in one call, and what has to live as long; None where not."""
@@ -253,7 +257,7 @@ class Kernels:
 
     def _mlp(self, mlp: Mlp) -> tuple[Maybe, ...] | None:
         """Pools, hidden width, threads, weights and biases of an MLP that is computed here; None where it is not."""
-        pools, width = len(mlp.pools), len(mlp.first)
+        pools, width = len(mlp.pools), mlp.first.shape[0]
         products = width * pools * self.batch * self.channels
         if products > FEW_PRODUCTS or mlp.activation != "relu" or mlp.gate != "sigmoid":
             return None
@@ -382,6 +386,15 @@ def _in_float32(window: Window) -> list[Maybe]:
 def _moments(window: Window) -> Maybe:
     """Where mean and variance of the logits are written to; None where they are not computed."""
     return torch.empty(2) if window.training and window.mean is not None else None
+
+
+def _within(piece: Tensor, sizes: tuple[int, ...]) -> list[int | None]:
+    """Where parts of so many numbers begin; None for those that have none."""
+    at, found = piece.data_ptr(), []
+    for size in sizes:
+        found.append(at if size else None)
+        at += 4 * size
+    return found
 
 
 def _at(one: Maybe) -> int | None:
