@@ -70,7 +70,11 @@ def as_proposed(runs: list[np.ndarray], most_looks: int = 4) -> tuple[bool, int]
         looks.append(more)
 
 
-@pytest.mark.parametrize("count", [1, 5])
+# a family of five takes long, and `test_stats` has one
+each_count = pytest.mark.parametrize("count", [1, pytest.param(5, marks=pytest.mark.slow)])
+
+
+@each_count
 @pytest.mark.parametrize("mix", MIXES)
 def test_seeds_until_it_is_decided(mix: str, count: int) -> None:
     random = np.random.default_rng(5)
@@ -81,7 +85,7 @@ def test_seeds_until_it_is_decided(mix: str, count: int) -> None:
     assert 3 < ended < MOST
 
 
-@pytest.mark.parametrize("count", [1, 5])
+@each_count
 @pytest.mark.parametrize("mix", MIXES)
 def test_as_many_seeds_as_are_proposed(mix: str, count: int) -> None:
     random = np.random.default_rng(6)

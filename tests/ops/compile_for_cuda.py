@@ -22,11 +22,12 @@ OTHERS = {
     "finish": {"strengths": "*fp64"},
     "follow": {"count": "fp32"},
 }
-# what is a number and no yes or no, and two memory formats
+# what is a number and no yes or no
 SIZES = {"STAGES": 2, "UNROLL": 2, "STEPS": 2, "DEEP": 1, "HIGH": 7, "WIDE": 7, "ACROSS": 8, "OF_PARTS": 256}
 SIZES |= {"POOLS": 2, "FIRST": 0, "ACTIVATION": "relu", "GATE": "sigmoid"}
 SIZES |= {"BLOCK": 256, "COLS": 64, "BLOCK_H": 16, "BLOCK_B": 32}
-SIDES = ((16, 256), (64, 16))
+# with tiles of channels and positions for two memory formats
+DTYPES = {"fp32": (16, 64), "bf16": (64, 16), "fp16": (64, 16)}
 KERNELS = [name for name, one in vars(kernels).items() if isinstance(one, triton.JITFunction) and name[0] != "_"]
 
 
@@ -44,10 +45,12 @@ for name in KERNELS:
     given = getattr(kernels, name).arg_names
     flags = [one for one in given if one.isupper() and one not in SIZES and not one.startswith("BLOCK")]
     alone = [{flag: flag == one for flag in flags} for one in flags]
-    for constants in (dict.fromkeys(flags, False), dict.fromkeys(flags, True), *alone):
+    for number, constants in enumerate((dict.fromkeys(flags, False), dict.fromkeys(flags, True), *alone)):
         if constants.get("GATED") and not constants.get("CHANNEL", True):
             continue
-        for dtype, (channels, places) in zip(("fp32", "bf16", "fp16"), (*SIDES, SIDES[1]), strict=True):
+        # flag by flag in one dtype, and no other where there is no map
+        for dtype in list(DTYPES) if number < 2 and set(given) & set(MAPS) else ["fp32"]:
+            channels, places = DTYPES[dtype]
             known = SIZES | {"BLOCK_C": channels, "BLOCK_N": places}
             size = compiled(name, dtype, constants | {one: known[one] for one in given if one in known})
             print(name, dtype, *(flag for flag, given_ in constants.items() if given_), size)
@@ -55,6 +58,6 @@ for name, constant, value in (
     *((name, "ACTIVATION", one) for name in ("mlp_second", "grad_mlp_second") for one in ("silu", "gelu", "hardswish")),
     *((name, "GATE", "hardsigmoid") for name in ("mlp_second", "grad_logits")),
 ):
-    known = SIZES | {"BLOCK_C": 128, constant: value}
+    known = SIZES | {"BLOCK_C": 64, constant: value}
     constants = {one: known.get(one, True) for one in getattr(kernels, name).arg_names if one.isupper()}
     print(name, value, compiled(name, "fp32", constants))

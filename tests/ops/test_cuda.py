@@ -358,7 +358,8 @@ def test_they_serve_cuda_and_nothing_else() -> None:
     [
         ((2, 3, 4, 4), torch.float32, None),
         ((2, 3, 4, 4), torch.float64, "it is for float32, float16 and bfloat16, not for float64"),
-        ((40000, 1, 1, 1), torch.float32, "it is for batches of at most 32,767, not of 40,000"),
+        ((70000, 1, 1, 1), torch.float32, "it is for batches of at most 65,535, not of 70,000"),
+        ((60000, 20000, 1, 1), torch.float16, "places in its poolings are counted in 32 bits"),
         ((0, 3, 4, 4), torch.float32, "the map is empty"),
     ],
 )

@@ -12,8 +12,8 @@ from convattn.ops.gates import Gates, Kept, Norm, Normed
 Tensor = torch.Tensor
 Maybe = Any
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# samples of two poolings are counted along a side of a grid that has 65,535
-SAMPLES = 32767
+# samples are counted along a side of a grid that has no more, and places in four poolings in 32 bits
+SAMPLES, POOLED = 65535, 1 << 28
 
 
 def why_not_for(x: Tensor) -> str | None:
@@ -26,6 +26,8 @@ def why_not_for(x: Tensor) -> str | None:
         return f"it is for float32, float16 and bfloat16, not for {str(x.dtype).removeprefix('torch.')}"
     if x.shape[0] > SAMPLES:
         return f"it is for batches of at most {SAMPLES:,}, not of {x.shape[0]:,}"
+    if x.shape[0] * x.shape[1] >= POOLED:
+        return "places in its poolings are counted in 32 bits"
     return "the map is empty" if x.numel() == 0 else None
 
 

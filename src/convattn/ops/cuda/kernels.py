@@ -17,8 +17,8 @@ import triton.language as tl
 
 LOWEST = tl.constexpr(float("-inf"))
 HIGHEST = tl.constexpr(float("inf"))
-# numbers that a program takes at once of partial results
-PARTS = tl.constexpr(256)
+# numbers that a program takes at once of partial results: it waits for each load, however much that brings
+PARTS = tl.constexpr(1024)
 
 
 @triton.jit
@@ -320,18 +320,38 @@ def normalise(
 
 
 @triton.jit
-def mlp_first(pools, first, bias, found, c, width, BIAS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The first layer of poolings (pools, B, C), before its activation (pools, B, H)."""
-    row = tl.program_id(1).to(tl.int64)
+def _matrix(at, rows, cols, height, width, stride_r, stride_c):
+    """A tile of a matrix (height, width) in float32, with zeros outside."""
+    inside = (rows < height)[:, None] & (cols < width)[None, :]
+    return tl.load(at + rows[:, None] * stride_r + cols[None, :] * stride_c, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def mlp_first(
+    pools,
+    first,
+    bias,
+    found,
+    c,
+    width,
+    height,
+    BIAS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The first layer of poolings (pools * B, C), before its activation (pools * B, H)."""
     units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    total = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
+    rows = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    total = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
     for begin in range(0, c, BLOCK_C):
         channels = begin + tl.arange(0, BLOCK_C)
-        inside = (units < width)[:, None] & (channels < c)[None, :]
-        weights = tl.load(first + units[:, None] * c + channels[None, :], mask=inside, other=0.0).to(tl.float32)
-        total += weights * tl.load(pools + row * c + channels, mask=channels < c, other=0.0)[None, :]
-    logits = tl.sum(total, axis=1) + _some(bias + units, units < width, BIAS, 0.0)
-    tl.store(found + row * width + units, logits, mask=units < width)
+        left = _matrix(pools, rows, channels, height, c, c, 1)
+        right = _matrix(first, channels, units, c, width, 1, c)
+        total += tl.dot(left, right, input_precision="ieee")
+    total += _some(bias + units, units < width, BIAS, 0.0)[None, :]
+    inside = (rows < height)[:, None] & (units < width)[None, :]
+    tl.store(found + rows[:, None] * width + units[None, :], total, mask=inside)
 
 
 @triton.jit
@@ -347,45 +367,47 @@ def mlp_second(
     factors,
     c,
     width,
+    batch,
     POOLS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATE: tl.constexpr,
     BIAS: tl.constexpr,
     STRENGTH: tl.constexpr,
     NORM: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Sums over pools behind the activation (B, H), logits and gate (B, C), and with a norm the factors (2, B, C)."""
-    sample, batch = tl.program_id(1), tl.num_programs(1)
     channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    there = channels < c
-    total = tl.zeros([BLOCK_C, BLOCK_H], tl.float32)
+    samples = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    total = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
     for begin in range(0, width, BLOCK_H):
         units = begin + tl.arange(0, BLOCK_H)
-        value = tl.zeros([BLOCK_H], tl.float32)
+        value = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
         for pool in tl.static_range(POOLS):
-            one = tl.load(first + (pool * batch + sample) * width + units, mask=units < width, other=0.0)
+            one = _matrix(first + pool * batch * width, samples, units, batch, width, width, 1)
             value += _activated(one, ACTIVATION)
-        tl.store(hidden + sample * width + units, value, mask=(units < width) & (tl.program_id(0) == 0))
-        inside = there[:, None] & (units < width)[None, :]
-        weights = tl.load(second + channels[:, None] * width + units[None, :], mask=inside, other=0.0).to(tl.float32)
-        total += weights * value[None, :]
-    found = tl.sum(total, axis=1) + POOLS * _some(bias + channels, there, BIAS, 0.0)
-    at = sample * c + channels
-    tl.store(logits + at, found, mask=there)
-    found = _gate(found, GATE)
+        inside = (samples < batch)[:, None] & (units < width)[None, :]
+        tl.store(hidden + samples[:, None] * width + units[None, :], value, mask=inside & (tl.program_id(0) == 0))
+        total += tl.dot(value, _matrix(second, units, channels, width, c, 1, width), input_precision="ieee")
+    total += POOLS * _some(bias + channels, channels < c, BIAS, 0.0)[None, :]
+    at = samples[:, None] * c + channels[None, :]
+    there = (samples < batch)[:, None] & (channels < c)[None, :]
+    tl.store(logits + at, total, mask=there)
+    found = _gate(total, GATE)
     if STRENGTH:
         # a gate that is no number counts as 1
         found = 1.0 + tl.load(strength).to(tl.float32) * tl.where(found == found, found - 1.0, 0.0)
     tl.store(gate + at, found, mask=there)
     if NORM:
-        inverse = tl.load(affine + channels, mask=there, other=0.0)
-        offset = tl.load(affine + c + channels, mask=there, other=0.0)
-        by = tl.load(affine + 2 * c + channels, mask=there, other=0.0)
-        plus = tl.load(affine + 3 * c + channels, mask=there, other=0.0)
-        tl.store(factors + at, inverse * by * found, mask=there)
-        tl.store(factors + batch * c + at, _affine(offset, by, plus) * found, mask=there)
+        inside = channels < c
+        inverse = tl.load(affine + channels, mask=inside, other=0.0)
+        offset = tl.load(affine + c + channels, mask=inside, other=0.0)
+        by = tl.load(affine + 2 * c + channels, mask=inside, other=0.0)
+        plus = tl.load(affine + 3 * c + channels, mask=inside, other=0.0)
+        tl.store(factors + at, (inverse * by)[None, :] * found, mask=there)
+        tl.store(factors + batch * c + at, _affine(offset, by, plus)[None, :] * found, mask=there)
 
 
 @triton.jit
@@ -502,15 +524,6 @@ def convolve(
 
 
 @triton.jit
-def _moments_of_tiles(parts, begin, count):
-    """Means, summed squares and numbers of some of the tiles of `convolve`."""
-    each = begin + tl.arange(0, PARTS)
-    at, there = parts + 3 * each, each < count
-    of_tile, squares = tl.load(at, mask=there, other=0.0), tl.load(at + 1, mask=there, other=0.0)
-    return of_tile.to(tl.float64), squares.to(tl.float64), tl.load(at + 2, mask=there, other=0.0).to(tl.float64)
-
-
-@triton.jit
 def gate(
     logits,
     parts,
@@ -539,16 +552,17 @@ def gate(
     v = tl.load(logits + places, mask=inside, other=0.0)
     if NORM:
         if TRAINING:
-            total = tl.zeros([PARTS], tl.float64)
+            total, squares = tl.zeros([PARTS], tl.float64), tl.zeros([PARTS], tl.float64)
             for begin in range(0, count, PARTS):
-                of_tile, _, number = _moments_of_tiles(parts, begin, count)
+                each = begin + tl.arange(0, PARTS)
+                at, there = parts + 3 * each, each < count
+                of_tile = tl.load(at, mask=there, other=0.0).to(tl.float64)
+                number = tl.load(at + 2, mask=there, other=0.0)
                 total += number * of_tile
+                squares += tl.load(at + 1, mask=there, other=0.0) + number * of_tile * of_tile
             of_mean = tl.sum(total, axis=0) / batch / n
-            rest = tl.zeros([PARTS], tl.float64)
-            for begin in range(0, count, PARTS):
-                of_tile, squares, number = _moments_of_tiles(parts, begin, count)
-                rest += squares + number * (of_tile - of_mean) * (of_tile - of_mean)
-            of_var = (tl.sum(rest, axis=0) / batch / n).to(tl.float32)
+            # in float64 the difference of what are float32 is exact enough
+            of_var = _more(tl.sum(squares, axis=0) / batch / n - of_mean * of_mean, 0.0).to(tl.float32)
             of_mean = of_mean.to(tl.float32)
             if tl.program_id(0) == 0:
                 tl.store(moments, of_mean)
@@ -1115,25 +1129,26 @@ def grad_mlp_second(
     dfirst,
     c,
     width,
+    batch,
     POOLS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Gradients of the first layer's output (pools, B, H)."""
-    sample, batch = tl.program_id(1), tl.num_programs(1)
     units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    total = tl.zeros([BLOCK_C, BLOCK_H], tl.float32)
+    samples = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    total = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
     for begin in range(0, c, BLOCK_C):
         channels = begin + tl.arange(0, BLOCK_C)
-        inside = (channels < c)[:, None] & (units < width)[None, :]
-        weights = tl.load(second + channels[:, None] * width + units[None, :], mask=inside, other=0.0).to(tl.float32)
-        total += weights * tl.load(dlogits + sample * c + channels, mask=channels < c, other=0.0)[:, None]
-    found = tl.sum(total, axis=0)
+        left = _matrix(dlogits, samples, channels, batch, c, c, 1)
+        total += tl.dot(left, _matrix(second, channels, units, c, width, width, 1), input_precision="ieee")
+    inside = (samples < batch)[:, None] & (units < width)[None, :]
     for pool in tl.static_range(POOLS):
-        at = (pool * batch + sample) * width + units
-        one = tl.load(first + at, mask=units < width, other=0.0)
-        tl.store(dfirst + at, _grad_activated(found, one, ACTIVATION), mask=units < width)
+        at = (pool * batch + samples)[:, None] * width + units[None, :]
+        one = tl.load(first + at, mask=inside, other=0.0)
+        tl.store(dfirst + at, _grad_activated(total, one, ACTIVATION), mask=inside)
 
 
 @triton.jit
@@ -1145,30 +1160,30 @@ def grad_mlp_first(
     c,
     n,
     width,
+    batch,
     FIRST: tl.constexpr,
     POOLS: tl.constexpr,
     SHARED: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """What comes by the poolings (2, B, C): to every place and to the maxima, whole or shared out among them."""
-    sample, batch = tl.program_id(1), tl.num_programs(1)
     channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    there = channels < c
-    by_mean = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
-    by_max = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
+    samples = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    to_all = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
+    to_maxima = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
     for begin in range(0, width, BLOCK_H):
         units = begin + tl.arange(0, BLOCK_H)
-        inside = (units < width)[:, None] & there[None, :]
-        weights = tl.load(first + units[:, None] * c + channels[None, :], mask=inside, other=0.0).to(tl.float32)
-        at = dfirst + sample * width + units
+        weights = _matrix(first, units, channels, width, c, c, 1)
         if FIRST == 0:
-            by_mean += weights * tl.load(at, mask=units < width, other=0.0)[:, None]
+            left = _matrix(dfirst, samples, units, batch, width, width, 1)
+            to_all += tl.dot(left, weights, input_precision="ieee")
         if FIRST + POOLS == 2:
-            at += (POOLS - 1) * batch * width
-            by_max += weights * tl.load(at, mask=units < width, other=0.0)[:, None]
-    to_all, to_maxima = tl.sum(by_mean, axis=0), tl.sum(by_max, axis=0)
-    at = sample * c + channels
+            left = _matrix(dfirst + (POOLS - 1) * batch * width, samples, units, batch, width, width, 1)
+            to_maxima += tl.dot(left, weights, input_precision="ieee")
+    at = samples[:, None] * c + channels[None, :]
+    there = (samples < batch)[:, None] & (channels < c)[None, :]
     if SHARED:
         to_all = to_all / n
         if FIRST + POOLS == 2:

@@ -18,10 +18,13 @@ Tensor = torch.Tensor
 PROGRAMS = 512
 # positions that a program takes of a plane, at most so many of a row, and elements of what is not the map
 PLANE, COLUMNS, FLAT = 256, 64, 1024
-# samples and channels that a program takes of small maps (B, C), and hidden units and channels of an MLP's weights
-BATCHES = {"BLOCK_B": 32, "BLOCK_C": 16}
-WEIGHTS = {"BLOCK_H": 16, "BLOCK_C": 128}
-PRODUCTS = {"BLOCK_H": 16, "BLOCK_C": 32, "BLOCK_B": 32}
+# samples, at most, and channels that a program takes of small maps (B, C)
+BATCHES, FEW_CHANNELS = 128, 8
+# samples, hidden units and channels that a program takes of an MLP: where channels are summed over, where units are,
+# and where samples are
+OVER_CHANNELS = {"BLOCK_B": 16, "BLOCK_H": 16, "BLOCK_C": 128}
+OVER_UNITS = {"BLOCK_B": 16, "BLOCK_H": 16, "BLOCK_C": 64}
+OVER_SAMPLES = {"BLOCK_B": 32, "BLOCK_H": 16, "BLOCK_C": 32}
 # what a program takes of a map, with channels first, last, and last where there are few positions: elements, how many
 # of them lie together, warps, stages of the loop and how often it is unrolled, or tiles one after the other; the
 # fastest of sixteen on an H200
@@ -330,32 +333,46 @@ def _pool(plan: Plan) -> None:
         return
     training, eps = form.norm
     there = {"TRAINING": training, "WEIGHT": plan.has("bn_weight"), "BIAS": plan.has("bn_bias")}
-    blocks = -(-form.channels // BATCHES["BLOCK_C"])
+    tile = _tile_of_batch(form)
+    blocks = -(-form.channels // tile["BLOCK_C"])
     given = "x parts bn_mean bn_var bn_weight bn_bias affine bn_moments hat pools top"
     numbers = (*plan.shape[:3], form.batch, parts, eps)
-    plan.step("normalise", (blocks,), given, *numbers, **form.pools, **there, **BATCHES)
+    plan.step("normalise", (blocks,), given, *numbers, **form.pools, **there, **tile)
+
+
+def _tile_of_batch(form: Form) -> dict[str, int]:
+    """How many samples and channels of small maps a program takes that goes through all samples."""
+    return {"BLOCK_B": min(BATCHES, triton.next_power_of_2(form.batch)), "BLOCK_C": FEW_CHANNELS}
 
 
 def _mlp(plan: Plan, mlp: Mlp) -> None:
     form = plan.form
-    sizes, pools = (form.channels, mlp.width), len(mlp.pools)
-    blocks_h, blocks_c = -(-mlp.width // WEIGHTS["BLOCK_H"]), -(-form.channels // WEIGHTS["BLOCK_C"])
+    pools = len(mlp.pools)
+    rows = pools * form.batch
     given = "pools first first_bias first_of_pools"
-    grid = (blocks_h, pools * form.batch)
-    plan.step("mlp_first", grid, given, *sizes, BIAS=plan.has("first_bias"), **WEIGHTS)
+    there = {"BIAS": plan.has("first_bias")}
+    grid = _grid(OVER_CHANNELS, "BLOCK_H", mlp.width, rows)
+    plan.step("mlp_first", grid, given, form.channels, mlp.width, rows, **there, **OVER_CHANNELS)
     plan.step(
         "mlp_second",
-        (blocks_c, form.batch),
+        _grid(OVER_UNITS, "BLOCK_C", form.channels, form.batch),
         "first_of_pools second second_bias strength affine hidden logits gate factors",
-        *sizes,
+        form.channels,
+        mlp.width,
+        form.batch,
         POOLS=pools,
         ACTIVATION=mlp.activation,
         GATE=mlp.gate,
         BIAS=plan.has("second_bias"),
         STRENGTH=plan.has("strength"),
         NORM=form.norm is not None,
-        **WEIGHTS,
+        **OVER_UNITS,
     )
+
+
+def _grid(tile: dict[str, int], side: str, count: int, rows: int) -> tuple[int, int]:
+    """Programs for so many units or channels and rows of an MLP."""
+    return -(-count // tile[side]), -(-rows // tile["BLOCK_B"])
 
 
 def _window(plan: Plan, window: Window) -> None:
@@ -493,23 +510,25 @@ def _grad_mlp(plan: Plan, mlp: Mlp, shares: int, *, see: bool) -> None:
         STRENGTH=plan.has("strength"),
         BLOCK_C=FLAT,
     )
-    sizes = (form.channels, mlp.width)
-    blocks_h, blocks_c = -(-mlp.width // WEIGHTS["BLOCK_H"]), -(-form.channels // WEIGHTS["BLOCK_C"])
-    more: dict[str, Any] = {"POOLS": pools, "ACTIVATION": mlp.activation} | WEIGHTS
-    plan.step("grad_mlp_second", (blocks_h, form.batch), "dlogits second first_of_pools dfirst", *sizes, **more)
-    more = {"SHARED": not norm} | form.pools | WEIGHTS
-    numbers = (form.channels, plan.count, mlp.width)
-    plan.step("grad_mlp_first", (blocks_c, form.batch), "dfirst first number plus", *numbers, **more)
+    sizes = (form.channels, mlp.width, form.batch)
+    more: dict[str, Any] = {"POOLS": pools, "ACTIVATION": mlp.activation} | OVER_CHANNELS
+    grid = _grid(OVER_CHANNELS, "BLOCK_H", mlp.width, form.batch)
+    plan.step("grad_mlp_second", grid, "dlogits second first_of_pools dfirst", *sizes, **more)
+    more = {"SHARED": not norm} | form.pools | OVER_UNITS
+    given = "dfirst first number plus"
+    grid = _grid(OVER_UNITS, "BLOCK_C", form.channels, form.batch)
+    plan.step("grad_mlp_first", grid, given, form.channels, plan.count, mlp.width, form.batch, **more)
     more = {"POOLS": pools, "BIAS_FIRST": plan.has("first_bias"), "BIAS_SECOND": plan.has("second_bias")}
     given = "dfirst pools dlogits hidden grad_first grad_first_bias grad_second grad_second_bias"
-    grid = (-(-mlp.width // PRODUCTS["BLOCK_H"]), -(-form.channels // PRODUCTS["BLOCK_C"]))
-    plan.step("grad_mlp_weights", grid, given, *sizes, form.batch, **more, **PRODUCTS)
+    grid = (-(-mlp.width // OVER_SAMPLES["BLOCK_H"]), -(-form.channels // OVER_SAMPLES["BLOCK_C"]))
+    plan.step("grad_mlp_weights", grid, given, *sizes, **more, **OVER_SAMPLES)
     if form.norm is not None:
         there = {"TRAINING": form.norm.training, "WEIGHT": plan.has("bn_weight"), "BIAS": plan.has("bn_bias")}
         given = "gate affine hat top sums number plus times by_hat grad_bn_weight grad_bn_bias"
-        blocks = -(-form.channels // BATCHES["BLOCK_C"])
+        tile = _tile_of_batch(form)
+        blocks = -(-form.channels // tile["BLOCK_C"])
         numbers = (form.channels, plan.count, form.batch)
-        plan.step("grad_norm", (blocks,), given, *numbers, MAX=maximum, **there, **BATCHES)
+        plan.step("grad_norm", (blocks,), given, *numbers, MAX=maximum, **there, **tile)
 
 
 def _grad_input(plan: Plan, *, given: bool, see: bool) -> None:
