@@ -25,13 +25,15 @@ from tolerances import assert_close, is_close
 
 GATES = convattn.names("gate")
 HEADS = convattn.names("head")
+# networks that take long, one of whose kind is there already
+LARGE = ("timm:resnet50",)
 NETWORKS = (
     "resnet20",
     "timm:resnet18",
     "timm:seresnet18",
     "torchvision:resnet18",
-    "timm:resnet50",
     "torchvision:resnet50",
+    *(pytest.param(one, marks=pytest.mark.slow) for one in LARGE),
 )
 BLOCKS = {"resnet20": 9, "timm:resnet18": 8, "timm:seresnet18": 8, "torchvision:resnet18": 8}
 SMALL = ("small", "timm:seresnet18", "torchvision:resnet18")
@@ -136,7 +138,8 @@ def plain_runs(network: str) -> tuple[list[Run], dict[str, torch.Tensor]]:
         for name in ("timm:seresnet18", "torchvision:resnet18")
         for one in ("se", "cbam", "dual", "cbam+dual")
     ]
-    + [(name, one) for name in ("timm:resnet50", "torchvision:resnet50") for one in ("se", "cbam+dual")],
+    + [("torchvision:resnet50", one) for one in ("se", "cbam+dual")]
+    + [pytest.param(name, one, marks=pytest.mark.slow) for name in LARGE for one in ("se", "cbam+dual")],
 )
 def test_start_is_exact(network: str, attention: str) -> None:
     runs, state = plain_runs(network)

@@ -1,7 +1,9 @@
 """Compile every kernel in Triton for a GPU that need not be there: the interpreter lets pass what a compiler does not.
 
-Run as a script, since a process either interprets or compiles.
+Run as a script, since a process either interprets or compiles; with the word "each", also with every flag by itself.
 """
+
+import sys
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -44,11 +46,11 @@ def compiled(name: str, dtype: str, constants: dict[str, int]) -> int:
 for name in KERNELS:
     given = getattr(kernels, name).arg_names
     flags = [one for one in given if one.isupper() and one not in SIZES and not one.startswith("BLOCK")]
-    alone = [{flag: flag == one for flag in flags} for one in flags]
+    alone = [{flag: flag == one for flag in flags} for one in flags] if "each" in sys.argv else []
     for number, constants in enumerate((dict.fromkeys(flags, False), dict.fromkeys(flags, True), *alone)):
         if constants.get("GATED") and not constants.get("CHANNEL", True):
             continue
-        # flag by flag in one dtype, and no other where there is no map
+        # flags by themselves in one dtype, and no other where there is no map
         for dtype in list(DTYPES) if number < 2 and set(given) & set(MAPS) else ["fp32"]:
             channels, places = DTYPES[dtype]
             known = SIZES | {"BLOCK_C": channels, "BLOCK_N": places}

@@ -183,7 +183,7 @@ def test_a_norm_rides_along(name: str, last: bool, training: bool) -> None:
 
 
 @pytest.mark.parametrize(("name", "shape"), SHAPES)
-@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("last", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_norm_of_more_than_a_block_and_less(name: str, shape: tuple[int, ...], last: bool) -> None:
     check_norm(name, torch.randn(shape), last, training=True)
 
@@ -368,10 +368,11 @@ def test_what_they_serve(shape: tuple[int, ...], dtype: torch.dtype, why: str | 
     assert cuda.why_not_for(x) == why
 
 
-def test_they_compile_for_a_gpu() -> None:
+@pytest.mark.parametrize("flags", ["all", pytest.param("each", marks=pytest.mark.slow)])
+def test_they_compile_for_a_gpu(flags: str) -> None:
     script = Path(__file__).with_name("compile_for_cuda.py")
     environment = os.environ | {"TRITON_INTERPRET": "0"}
-    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, script, flags], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     kernels = {line.split()[0] for line in run.stdout.splitlines()}
     small = {"pooled", "normalise", "mlp_first", "mlp_second", "convolve", "gate", "finish", "follow", "share"}
