@@ -118,7 +118,8 @@ class ChannelAttention(Gate):
 
     def mlp(self) -> ops.Mlp | None:
         """The same as the fused operators take it; None where they have none like it."""
-        return described(self.pools, self.fc1, self.activation, self.fc2, "sigmoid")
+        first, activation, second = [held(self, name) for name in ("fc1", "activation", "fc2")]
+        return described(self.pools, first, activation, second, "sigmoid")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The gated map, of the shape, dtype and memory format of `x`."""
@@ -129,7 +130,7 @@ class ChannelAttention(Gate):
                 x,
                 channel=self.of_pools,
                 pools=self.pools,
-                strength=self.strength,
+                strength=held(self, "strength"),
                 dimensions=self.dimensions,
                 gates=None if mlp is None else ops.Gates(mlp, None),
             )[0]
@@ -211,7 +212,7 @@ class SpatialAttention(Gate):
         """Raise `ShapeMismatch` where batch norm would be trained on a single position, which has no variance."""
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             # a symbolic trace knows no shapes
-            norm = self.norm
+            norm = held(self, "norm")
             if norm is None or not norm.training or isinstance(x, torch.fx.Proxy):
                 return
             if x.numel() == x.shape[1]:
@@ -228,26 +229,26 @@ class SpatialAttention(Gate):
     @torch.jit.unused
     def window(self) -> ops.Window | None:
         """The same as the fused operators take it; None where they have none like it."""
-        conv: Any = self.conv
+        conv, layer = held(self, "conv"), held(self, "norm")
         if not _is_window(conv):
             return None
-        if self.norm is None:
+        if layer is None:
             return ops.Window(held(conv, "weight"))
-        norm = described_norm(self.norm)
+        norm = described_norm(layer)
         return None if norm is None else ops.Window(held(conv, "weight"), *norm)
 
     @torch.jit.unused
     def track(self, moments: torch.Tensor | None, count: int) -> None:
         """Let the norm's running mean and variance follow those of so many logits, where it is trained."""
         if moments is not None:
-            follow(self.norm, moments, count)
+            follow(held(self, "norm"), moments, count)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The gated map, of the shape, dtype and memory format of `x`."""
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             self.check(x)
             self.check_positions(x)
-            return self.gated(x, self.strength)
+            return self.gated(x, held(self, "strength"))
         return ops.apply_gate(x, self.gate(x), self.strength)
 
     @torch.jit.unused
@@ -367,9 +368,10 @@ class CBAM(Gate):
         """The gated map, of the shape, dtype and memory format of `x`."""
         self.check(x)
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            channel, spatial = held(self, "channel"), held(self, "spatial")
             # whoever put another module there has its gate used
-            if type(self.channel) is ChannelAttention and type(self.spatial) is SpatialAttention:
-                return self._fused(x)
+            if type(channel) is ChannelAttention and type(spatial) is SpatialAttention:
+                return self._fused(x, channel, spatial)
         if self.order == "spatial-channel":
             y = ops.apply_gate(x, self.spatial.gate(x), self.strength)
             return ops.apply_gate(y, self.channel.gate(y), self.strength)
@@ -377,8 +379,8 @@ class CBAM(Gate):
         return ops.apply_gate(y, self.spatial.gate(x if self.order == "parallel" else y), self.strength)
 
     @torch.jit.unused
-    def _fused(self, x: torch.Tensor) -> torch.Tensor:
-        channel, spatial, strength = self.channel, self.spatial, self.strength
+    def _fused(self, x: torch.Tensor, channel: ChannelAttention, spatial: SpatialAttention) -> torch.Tensor:
+        strength = held(self, "strength")
         spatial.check_positions(x)
         mlp = channel.mlp()
         if self.order == "spatial-channel":

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from convattn import checks, ops
-from convattn.nn.base import ACTIVATIONS, GATE_ACTIVATIONS, Gate, described, hidden_width
+from convattn.nn.base import ACTIVATIONS, GATE_ACTIVATIONS, Gate, described, held, hidden_width
 from convattn.registry import register
 
 
@@ -82,7 +82,7 @@ class SqueezeExcite(Gate):
                 x,
                 channel=self._excite,
                 pools=("mean",),
-                strength=self.strength,
+                strength=held(self, "strength"),
                 dimensions=self.dimensions,
                 gates=None if mlp is None else ops.Gates(mlp, None),
             )[0]
@@ -91,7 +91,8 @@ class SqueezeExcite(Gate):
     @torch.jit.unused
     def mlp(self) -> ops.Mlp | None:
         """The same as the fused operators take it; None where they have none like it."""
-        return described(("mean",), self.fc1, self.activation, self.fc2, self.gate_activation)
+        first, activation, second, gate = [held(self, name) for name in ("fc1", "activation", "fc2", "gate_activation")]
+        return described(("mean",), first, activation, second, gate)
 
     @torch.jit.unused
     def fused(self) -> ops.Gates | None:

@@ -347,16 +347,12 @@ def like(given: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x).copy_(given)
 
 
-def differentiated(*given: Maybe) -> bool:
-    """Whether a backward pass is to be differentiated itself, or is one of many at once."""
+def differentiated(given: Tensor) -> bool:
+    """Whether a backward pass of this gradient is to be differentiated itself, or is one of many at once."""
     if torch.is_grad_enabled():
         return True
     functorch = torch._C._functorch
-    return any(
-        functorch.is_legacy_batchedtensor(one) or functorch.is_functorch_wrapped_tensor(one)
-        for one in given
-        if one is not None
-    )
+    return functorch.is_legacy_batchedtensor(given) or functorch.is_functorch_wrapped_tensor(given)
 
 
 def gradients(function: Callable[..., list[Tensor]], inputs: list[Maybe], given: list[Maybe]) -> list[Maybe]:

@@ -89,7 +89,7 @@ class Gates(NamedTuple):
     def running(self, moments: Maybe) -> tuple[Maybe, Maybe]:
         """Mean and variance that the norm has used: those of the batch, or the running ones."""
         if moments is not None:
-            mean, var = moments.split(1)
+            mean, var = torch.unbind(moments.view(2, 1))
             return mean, var
         return (self.spatial.mean, self.spatial.var) if self.spatial else (None, None)
 
