@@ -22,10 +22,9 @@ OTHERS = {
     "grad_planes": {"parts": "*fp64"},
     "grad_logits": {"strengths": "*fp64"},
     "finish": {"strengths": "*fp64"},
-    "follow": {"count": "fp32"},
 }
 # what is a number and no yes or no
-SIZES = {"STAGES": 2, "UNROLL": 2, "STEPS": 2, "DEEP": 1, "HIGH": 7, "WIDE": 7, "ACROSS": 8, "OF_PARTS": 256}
+SIZES = {"STAGES": 2, "STEPS": 2, "DEEP": 1, "HIGH": 7, "WIDE": 7, "ACROSS": 8, "OF_PARTS": 256}
 SIZES |= {"POOLS": 2, "FIRST": 0, "ACTIVATION": "relu", "GATE": "sigmoid"}
 SIZES |= {"BLOCK": 256, "COLS": 64, "BLOCK_H": 16, "BLOCK_B": 32}
 # with tiles of channels and positions for two memory formats

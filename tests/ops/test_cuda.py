@@ -215,25 +215,32 @@ def check_norm(name: str, u: torch.Tensor, last: bool, training: bool, zeros: in
         assert_close(moments, torch.stack([u.mean(dims), u.var(dims, correction=0)]))
 
 
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_running_statistics_follow(momentum: float | None) -> None:
-    norm = nn.BatchNorm2d(70, momentum=momentum).to(DEVICE)
-    other = copy.deepcopy(norm)
-    for _ in range(3):
-        u = torch.randn(4, 70, 5, 3, device=DEVICE) + 1
-        moments = torch.stack([u.mean([0, 2, 3]), u.var([0, 2, 3], correction=0)])
-        norm(u)
-        version = other.running_mean._version
-        cuda.follow(other.running_mean, other.running_var, other.num_batches_tracked, momentum, moments, 60)
-        assert other.running_mean._version > version
-    for name, one in norm.state_dict().items():
-        assert_close(other.state_dict()[name], one)
-
-
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> None:
     """Modules run through the kernels wherever their maps lie."""
     monkeypatch.setattr(backends, "choice", lambda x: "cuda")
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_running_statistics_follow(momentum: float | None, gradient: bool, served: None) -> None:
+    norm = nn.BatchNorm2d(70, momentum=momentum)
+    attention = CBAM(70, reduction=16, kernel_size=3)
+    attention.spatial.norm.momentum = momentum  # type: ignore[union-attr]
+    module = Attached(norm, attention).to(DEVICE)
+    other = copy.deepcopy(module)
+    for _ in range(3):
+        u = torch.randn(4, 70, 5, 3, device=DEVICE) + 1
+        version = norm.running_mean._version  # type: ignore[union-attr]
+        with torch.set_grad_enabled(gradient):
+            module(u)
+            with ops.use("reference"):
+                other(u)
+        assert norm.running_mean._version > version  # type: ignore[union-attr]
+    buffers = dict(other.named_buffers())
+    assert len(buffers) == 6
+    for name, one in module.named_buffers():
+        assert_close(buffers[name], one)
 
 
 @pytest.mark.parametrize("name", ["se", "spatial", "cbam, identity"])
@@ -333,6 +340,9 @@ def test_the_moments_of_the_norm() -> None:
     gates = described(module)
     before = copy.deepcopy(module.spatial.norm)
     x = torch.randn(3, 6, 7, 5, device=DEVICE)
+    assert gates.spatial is not None
+    # these are left to follow by whoever asks
+    gates = gates._replace(spatial=gates.spatial._replace(tracked=None))
     _, moments = fused.gated(cuda.Kernels, x, gates, None)
     with ops.use("reference"):
         module(x)
@@ -375,6 +385,6 @@ def test_they_compile_for_a_gpu(flags: str) -> None:
     run = subprocess.run([sys.executable, script, flags], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     kernels = {line.split()[0] for line in run.stdout.splitlines()}
-    small = {"pooled", "normalise", "mlp_first", "mlp_second", "convolve", "gate", "finish", "follow", "share"}
+    small = {"pooled", "normalise", "mlp_first", "mlp_second", "convolve", "gate", "finish", "share"}
     backward = "gates gate planes weight summary logits mlp_second mlp_first mlp_weights norm input"
     assert kernels == {"pool", "summarise", "apply"} | small | {f"grad_{name}" for name in backward.split()}

@@ -111,7 +111,7 @@ class Gate(OnMaps):
             return None
         y, moments, of_norm = found
         self.track(moments, count)
-        if norm.training:
+        if of_norm is not None:
             follow(layer, of_norm, count)
         return y
 
@@ -143,7 +143,9 @@ def described_norm(layer: Any) -> ops.Norm | None:
     known = type(layer) in _NORMS or (type(layer) is nn.SyncBatchNorm and not layer.training)
     if not known or mean is None or var is None or not plain(layer) or "forward" in layer.__dict__:
         return None
-    return ops.Norm(held(layer, "weight"), held(layer, "bias"), mean, var, layer.training, layer.eps)
+    tracked = layer._buffers.get("num_batches_tracked")
+    given = (held(layer, "weight"), held(layer, "bias"), mean, var, layer.training, layer.eps, tracked, layer.momentum)
+    return ops.Norm(*given)
 
 
 def follow(norm: Any, moments: torch.Tensor, count: int) -> None:

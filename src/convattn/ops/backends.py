@@ -112,7 +112,7 @@ def gated(
 
     Returns:
         The gated map, and the mean and biased variance (2) of the logits of the spatial gate where the fused operators
-        computed them for a norm in training, whose running mean and variance are then still to be updated.
+        computed them for a norm in training, whose running mean and variance are still to be updated.
     """
     if gates is not None:
         if torch.compiler.is_compiling():
@@ -125,17 +125,17 @@ def gated(
 
 def takes_norms(u: torch.Tensor) -> bool:
     """Whether a norm of this map can ride along in the passes of the gates behind it, see `normed`."""
-    return not torch.compiler.is_compiling() and asked() != REFERENCE and choice(u) != REFERENCE
+    return not torch.compiler.is_compiling() and choice(u) != REFERENCE
 
 
 def normed(
     u: torch.Tensor, norm: Norm, gates: Gates, strength: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor] | None:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None:
     """The gated map of norm(u) without that map ever lying in memory; None where types forbid it.
 
     Returns:
         The gated map, and mean and biased variance of the logits of the spatial gate (2) and of the norm's input
-        (2, C), whose running ones are then still to be updated where they are trained.
+        (2, C), each where the norm is trained and its running ones are still to be updated.
     """
     if not _alike(u, gates) or any(one is not None and one.dtype is not torch.float32 for one in norm[:4]):
         return None
@@ -152,15 +152,11 @@ def follow(
 ) -> None:
     """Let a norm's running mean and variance (C) follow mean and biased variance, 2C numbers, of so many values.
 
-    As `torch.nn.BatchNorm2d` does in training, and in one call where the kernels were the ones that found the moments:
-    PyTorch's operators for it take longer than all that is computed of a small map.
+    As `torch.nn.BatchNorm2d` does in training, and on the CPU in one call: PyTorch's operators for it take longer than
+    all that is computed of a small map.
     """
-    running = (mean, var, tracked)
-    if not torch.compiler.is_compiling():
-        if cpu.takes_running(*running, moments):
-            return cpu.follow(*running, momentum, moments, count)
-        if asked() in (None, CUDA) and cuda.takes_running(*running, moments):
-            return cuda.follow(*running, momentum, moments, count)
+    if not torch.compiler.is_compiling() and cpu.takes_running(mean, var, tracked, moments):
+        return cpu.follow(mean, var, tracked, momentum, moments, count)
     tracked.add_(1)
     momentum = 1 / int(tracked) if momentum is None else momentum
     with torch.no_grad():

@@ -171,24 +171,31 @@ def _in_float32(x: Tensor) -> Any:
 def gated(
     kernels: type[Kernels], x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe = None
 ) -> tuple[Tensor, Maybe]:
-    """The gated map, and in training mean and variance of the logits for the norm's running ones."""
+    """The gated map, and in training mean and variance of the logits where the norm's running ones are to follow."""
     x = dense(x)
     shortcut = None if shortcut is None else like(shortcut, x)
     if torch.is_grad_enabled():
-        return Gating.apply(x, strength, shortcut, kernels, gates, *gates.tensors())  # type: ignore[no-any-return]
-    return forward(kernels(x), x, gates, strength, shortcut)[:2]
+        y, moments = Gating.apply(x, strength, shortcut, kernels, gates, *gates.tensors())
+    else:
+        y, moments, *_ = forward(kernels(x), x, gates, strength, shortcut)
+    return y, None if kernels.follows(gates.spatial) else moments
 
 
-def normed(
-    kernels: type[Kernels], u: Tensor, norm: Norm, gates: Gates, strength: Maybe
-) -> tuple[Tensor, Maybe, Tensor]:
-    """The gated map of norm(u), keeping no map but u; and mean and variance for the running ones of gate and norm."""
+def normed(kernels: type[Kernels], u: Tensor, norm: Norm, gates: Gates, strength: Maybe) -> tuple[Tensor, Maybe, Maybe]:
+    """The gated map of norm(u), keeping no map but u.
+
+    And mean and variance for the running ones of gate and norm, where those are still to follow.
+    """
     u = dense(u)
     if torch.is_grad_enabled():
-        return NormGating.apply(u, strength, kernels, gates, norm, *gates.tensors(), *norm.tensors())  # type: ignore[no-any-return]
-    y, moments, _, kept = forward(kernels(u), u, gates, strength, None, norm)
-    assert kept is not None  # noqa: S101
-    return y, moments, kept.moments
+        y, moments, of_norm = NormGating.apply(u, strength, kernels, gates, norm, *gates.tensors(), *norm.tensors())
+    else:
+        y, moments, _, kept = forward(kernels(u), u, gates, strength, None, norm)
+        assert kept is not None  # noqa: S101
+        of_norm = kept.moments
+    if kernels.follows(gates.spatial):
+        moments = None
+    return y, moments, None if not norm.training or kernels.follows(norm) else of_norm
 
 
 class Gating(torch.autograd.Function):
@@ -206,6 +213,8 @@ class Gating(torch.autograd.Function):
     ) -> tuple[Tensor, Maybe]:
         y, moments, kept, _ = forward(kernels(x), x, gates, strength, shortcut)
         ctx.kernels, ctx.gates = kernels, gates
+        # zeros for the moments would be made, and not be read
+        ctx.set_materialize_grads(False)
         running = gates.running(moments)
         ctx.save_for_backward(x, strength, shortcut, y if shortcut is not None else None, *tensors, *running, *kept)
         if moments is not None:
@@ -213,7 +222,9 @@ class Gating(torch.autograd.Function):
         return y, moments
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: Maybe) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Maybe, _: Maybe) -> tuple[Any, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         x, strength, shortcut, y, *rest = ctx.saved_tensors
         gates: Gates = ctx.gates
         tensors, running, kept = tuple(rest[:7]), tuple(rest[7:9]), Kept(*rest[9:])
@@ -250,12 +261,15 @@ class NormGating(torch.autograd.Function):
         y, moments, kept, normed = forward(kernels(u), u, gates, strength, None, norm)
         assert normed is not None  # noqa: S101
         ctx.kernels, ctx.gates, ctx.norm = kernels, gates, norm
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(u, strength, *tensors, *gates.running(moments), *normed, *kept)
         ctx.mark_non_differentiable(*(one for one in (moments, normed.moments) if one is not None))
         return y, moments, normed.moments
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Maybe) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Maybe, *_: Maybe) -> tuple[Any, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         u, strength, *rest = ctx.saved_tensors
         tensors, by_norm, running, kept = tuple(rest[:7]), tuple(rest[7:9]), tuple(rest[9:11]), rest[11:]
         gates, norm = ctx.gates, ctx.norm._replace(weight=by_norm[0], bias=by_norm[1])

@@ -61,6 +61,9 @@ class Window(NamedTuple):
     var: Maybe = None
     training: bool = False
     eps: float = 0.0
+    # what lets the running ones follow in training, as `torch.nn.BatchNorm2d` has it
+    tracked: Maybe = None
+    momentum: float | None = None
 
     def reference(self, summary: Tensor) -> Tensor:
         """The gate (B, 1, *spatial) in plain PyTorch, from the summary (B, 2, *spatial)."""
@@ -144,6 +147,8 @@ class Norm(NamedTuple):
     var: Maybe
     training: bool
     eps: float
+    tracked: Maybe = None
+    momentum: float | None = None
 
     def tensors(self) -> tuple[Maybe, ...]:
         """All that gradients are computed for."""
@@ -170,6 +175,10 @@ class Kernels(Protocol):
     """What computes whole passes over maps, made for a dense map `x` of a device."""
 
     def __init__(self, x: Tensor) -> None: ...
+
+    @staticmethod
+    def follows(norm: Norm | Window | None) -> bool:
+        """Whether the running mean and variance of a norm in training have followed when a forward pass is done."""
 
     def at_once(
         self, x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe, norm: Norm | None

@@ -147,7 +147,7 @@ def _gates(
     parallel: bool,
 ) -> Gates:
     mlp = Mlp(tuple(pools.split(",")), activation, gate, *tensors[:4]) if tensors[0] is not None else None
-    window = Window._make((*tensors[4:], *running, training, eps)) if tensors[4] is not None else None
+    window = Window._make((*tensors[4:], *running, training, eps, None, None)) if tensors[4] is not None else None
     return Gates(mlp, window, parallel)
 
 

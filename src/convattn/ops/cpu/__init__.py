@@ -71,6 +71,11 @@ class Kernels:
         # where a norm rides along, its four numbers for each channel
         self.norm: int | None = None
 
+    @staticmethod
+    def follows(norm: Norm | Window | None) -> bool:
+        """None does: `follow` is called for those."""
+        return False
+
     def normalise(self, x: Tensor, norm: Norm) -> tuple[Tensor, Normed]:
         """Means and maxima over positions of the map behind a norm (2, B, C), and what is kept."""
         batch, channels, count = self.shape[:3]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from convattn.ops.gates import Gates, Kept, Norm, Normed
+from convattn.ops.gates import Gates, Kept, Norm, Normed, Window
 
 Tensor = torch.Tensor
 Maybe = Any
@@ -37,33 +37,6 @@ def _there() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def takes_running(*tensors: Tensor) -> bool:
-    """Whether `follow` serves these."""
-    if not all(type(one) is Tensor and one.is_cuda and one.is_contiguous() for one in tensors):
-        return False
-    return _there() and not any(one.is_inference() for one in tensors)
-
-
-def follow(mean: Tensor, var: Tensor, tracked: Tensor, momentum: float | None, moments: Tensor, count: int) -> None:
-    """Let a norm's running mean and variance follow those of so many values: see `backends.follow`."""
-    from convattn.ops.cuda import kernels, plans
-
-    tensors = {"mean": mean, "var": var, "tracked": tracked, "moments": moments}
-    form = plans.Form(
-        batch=1,
-        channels=mean.numel(),
-        positions=(),
-        last=False,
-        device=mean.device.index,
-        kinds=_kinds(tensors),
-        running=plans.Running(momentum or 0.0, float(count), momentum is None),
-    )
-    with _on(mean.device):
-        plans.following(form).run(tensors, kernels)
-    # whoever has kept one for a gradient is told that it has changed
-    torch.autograd.graph.increment_version((mean, var, tracked))
-
-
 class Kernels:
     """See `gates.Kernels`. Where maxima are is asked of the map again; what is kept is in how many places each is."""
 
@@ -75,6 +48,14 @@ class Kernels:
         self.device = x.device
         self.form = (x.shape[0], x.shape[1], tuple(x.shape[2:]), not x.is_contiguous(), x.device.index)
 
+    @staticmethod
+    def follows(norm: Norm | Window | None) -> bool:
+        """See `gates.Kernels`."""
+        if norm is None or norm.mean is None or norm.tracked is None or norm.momentum is None or not norm.training:
+            return False
+        running = (norm.mean, norm.var, norm.tracked)
+        return all(type(one) is Tensor and one.is_contiguous() and not one.is_inference() for one in running)
+
     def at_once(
         self, x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe, norm: Norm | None
     ) -> tuple[Tensor, Maybe, Kept, Normed | None]:
@@ -82,15 +63,25 @@ class Kernels:
         window = gates.spatial
         tensors = {"x": x, "shortcut": shortcut, "strength": strength} | _tensors(gates, norm)
         moments = of_norm = None
+        followed: list[Tensor] = []
         if window is not None:
             tensors |= {"mean": window.mean, "var": window.var}
             if window.training and window.mean is not None:
                 moments = tensors["moments"] = self._empty(2)
+            if self.follows(window):
+                tensors["tracked"] = window.tracked
+                followed += window.mean, window.var, window.tracked
         if norm is not None:
             of_norm = tensors["bn_moments"] = self._empty(2, x.shape[1])
             tensors |= {"bn_mean": norm.mean, "bn_var": norm.var}
+            if self.follows(norm):
+                tensors["bn_tracked"] = norm.tracked
+                followed += norm.mean, norm.var, norm.tracked
         y = tensors["y"] = torch.empty_like(x)
         kept = self._run(self.plans.forward, tensors, gates, norm)
+        if followed:
+            # whoever has kept one for a gradient is told that it has changed
+            torch.autograd.graph.increment_version(followed)
         return y, moments, Kept(together=kept), None if of_norm is None else Normed(None, of_norm, None)
 
     def grad_at_once(
@@ -143,9 +134,9 @@ class Kernels:
         if window is not None:
             tensors["weight"], strides = _window(window.weight)
             sides, normed = tuple(window.weight.shape[2:]), window.mean is not None
-            of_window = plans.Window(sides, strides, normed, window.training, window.eps)
+            of_window = plans.Window(sides, strides, normed, window.training, window.eps, window.momentum or 0.0)
         if norm is not None:
-            of_norm = plans.Norm(norm.training, norm.eps)
+            of_norm = plans.Norm(norm.training, norm.eps, norm.momentum or 0.0)
         plan = planned(plans.Form(*self.form, _kinds(tensors), of_mlp, of_window, gates.parallel, of_norm))
         tensors["kept"] = self._empty(plan.sizes["kept"] or 1) if kept is None else kept
         tensors["scratch"] = self._empty(plan.sizes["scratch"] or 1)

@@ -19,6 +19,8 @@ LOWEST = tl.constexpr(float("-inf"))
 HIGHEST = tl.constexpr(float("inf"))
 # numbers that a program takes at once of partial results: it waits for each load, however much that brings
 PARTS = tl.constexpr(1024)
+# of products of matrices: in parts on tensor cores, which is as exact as float32 to a bit or two, where it is faster
+EXACT, PARTED = tl.constexpr("ieee"), tl.constexpr("tf32x3")
 
 
 @triton.jit
@@ -130,8 +132,24 @@ def _grad_activated(d, v, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _sum(parts, at, there, count, step):
+    """The sum of so many parts that lie a step apart; several are on their way at once."""
+    total = tl.zeros(at.shape, tl.float32)
+    for part in tl.range(count, loop_unroll_factor=8):
+        total += tl.load(parts + part * step + at, mask=there, other=0.0)
+    return total
+
+
+@triton.jit
 def _deviation(var, eps):
     return 1.0 / tl.sqrt(var + eps)
+
+
+@triton.jit
+def _follow(at, there, value, momentum):
+    """Let a running mean or variance follow that of a batch."""
+    old = tl.load(at, mask=there).to(tl.float32)
+    tl.store(at, (old + momentum * (value - old)).to(at.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -148,7 +166,6 @@ def pool(
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
-    UNROLL: tl.constexpr,
 ):
     """Means and maxima over positions (parts, 2, B, C), of a part of them.
 
@@ -165,7 +182,7 @@ def pool(
         squares = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
         low = tl.full([BLOCK_C, BLOCK_N], HIGHEST, tl.float32)
         middle = tl.load(x + channels.to(tl.int64) * stride_c, mask=there, other=0.0).to(tl.float32)[:, None]
-    for begin in tl.range(part * BLOCK_N, n, parts * BLOCK_N, num_stages=STAGES, loop_unroll_factor=UNROLL):
+    for begin in tl.range(part * BLOCK_N, n, parts * BLOCK_N, num_stages=STAGES):
         places = begin + tl.arange(0, BLOCK_N)
         inside = _within(channels, places, c, n, FULL)
         v = _read(x + _at(channels, places, stride_c, stride_n, LONG), inside, FULL)
@@ -201,15 +218,15 @@ def pooled(
     """Means and maxima (pools, B, C) from those of parts: both, or the one that is first."""
     at = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     step = batch * c
-    total = tl.zeros([BLOCK_C], tl.float32)
+    there = at < step
+    total = _sum(found, at, there, shares, 2 * step)
     top = tl.full([BLOCK_C], LOWEST, tl.float32)
-    for share in range(shares):
-        total += tl.load(found + 2 * share * step + at, mask=at < step, other=0.0)
-        top = _more(top, tl.load(found + (2 * share + 1) * step + at, mask=at < step, other=0.0))
+    for share in tl.range(shares, loop_unroll_factor=8):
+        top = _more(top, tl.load(found + (2 * share + 1) * step + at, mask=there, other=0.0))
     if FIRST == 0:
-        tl.store(pools + at, total, mask=at < step)
+        tl.store(pools + at, total, mask=there)
     if FIRST + POOLS == 2:
-        tl.store(pools + (POOLS - 1) * step + at, top, mask=at < step)
+        tl.store(pools + (POOLS - 1) * step + at, top, mask=there)
 
 
 @triton.jit
@@ -232,6 +249,7 @@ def normalise(
     found,
     mean,
     var,
+    tracked,
     weight,
     bias,
     affine,
@@ -245,9 +263,11 @@ def normalise(
     batch,
     shares,
     eps,
+    momentum,
     FIRST: tl.constexpr,
     POOLS: tl.constexpr,
     TRAINING: tl.constexpr,
+    FOLLOW: tl.constexpr,
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -285,6 +305,11 @@ def normalise(
             rest += tl.where(there, squares + 2 * beyond * total + beyond * beyond * count, 0.0)
         of_var = (_more(tl.sum(rest, axis=0), 0.0) / batch / count).to(tl.float32)
         of_mean = of_mean.to(tl.float32)
+        if FOLLOW:
+            _follow(mean + channels, inside, of_mean, momentum)
+            _follow(var + channels, inside, of_var * (count * batch / (count * batch - 1)), momentum)
+            if tl.program_id(0) == 0:
+                tl.store(tracked, tl.load(tracked) + 1)
     else:
         of_mean = tl.load(mean + channels, mask=inside, other=0.0).to(tl.float32)
         of_var = tl.load(var + channels, mask=inside, other=0.0).to(tl.float32)
@@ -348,7 +373,7 @@ def mlp_first(
         channels = begin + tl.arange(0, BLOCK_C)
         left = _matrix(pools, rows, channels, height, c, c, 1)
         right = _matrix(first, channels, units, c, width, 1, c)
-        total += tl.dot(left, right, input_precision="ieee")
+        total += tl.dot(left, right, input_precision=PARTED)
     total += _some(bias + units, units < width, BIAS, 0.0)[None, :]
     inside = (rows < height)[:, None] & (units < width)[None, :]
     tl.store(found + rows[:, None] * width + units[None, :], total, mask=inside)
@@ -390,7 +415,7 @@ def mlp_second(
             value += _activated(one, ACTIVATION)
         inside = (samples < batch)[:, None] & (units < width)[None, :]
         tl.store(hidden + samples[:, None] * width + units[None, :], value, mask=inside & (tl.program_id(0) == 0))
-        total += tl.dot(value, _matrix(second, units, channels, width, c, 1, width), input_precision="ieee")
+        total += tl.dot(value, _matrix(second, units, channels, width, c, 1, width), input_precision=PARTED)
     total += POOLS * _some(bias + channels, channels < c, BIAS, 0.0)[None, :]
     at = samples[:, None] * c + channels[None, :]
     there = (samples < batch)[:, None] & (channels < c)[None, :]
@@ -427,7 +452,6 @@ def summarise(
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
-    UNROLL: tl.constexpr,
 ):
     """Means and maxima of positions over channels (2, B, N), gated or not."""
     sample, batch = tl.program_id(1), tl.num_programs(1)
@@ -435,7 +459,7 @@ def summarise(
     places = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
     top = tl.full([BLOCK_C, BLOCK_N], LOWEST, tl.float32)
-    for begin in tl.range(0, c, BLOCK_C, num_stages=STAGES, loop_unroll_factor=UNROLL):
+    for begin in tl.range(0, c, BLOCK_C, num_stages=STAGES):
         channels = begin + tl.arange(0, BLOCK_C)
         inside = _within(channels, places, c, n, FULL)
         v = _read(x + _at(channels, places, stride_c, stride_n, LONG), inside, FULL)
@@ -529,6 +553,7 @@ def gate(
     parts,
     mean,
     var,
+    tracked,
     weight,
     bias,
     strength,
@@ -539,8 +564,10 @@ def gate(
     n,
     count,
     eps,
+    momentum,
     NORM: tl.constexpr,
     TRAINING: tl.constexpr,
+    FOLLOW: tl.constexpr,
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
     STRENGTH: tl.constexpr,
@@ -567,6 +594,11 @@ def gate(
             if tl.program_id(0) == 0:
                 tl.store(moments, of_mean)
                 tl.store(moments + 1, of_var)
+                if FOLLOW:
+                    number = batch * 1.0 * n
+                    _follow(mean, True, of_mean, momentum)
+                    _follow(var, True, of_var * (number / (number - 1)), momentum)
+                    tl.store(tracked, tl.load(tracked) + 1)
         else:
             of_mean, of_var = tl.load(mean).to(tl.float32), tl.load(var).to(tl.float32)
         if tl.program_id(0) == 0:
@@ -700,7 +732,6 @@ def grad_gates(
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
-    UNROLL: tl.constexpr,
 ):
     """This program's part of the gradients of both gates, and how often a maximum over channels is in it.
 
@@ -726,7 +757,7 @@ def grad_gates(
         at = sample * c + channels
         by, plus, inverse, offset = _of_channels(gate, factors, affine, at, channels, c, step, NORM, CHANNEL)
         parts = tl.num_programs(0)
-        for begin in tl.range(one * BLOCK_N, n, parts * BLOCK_N, num_stages=STAGES, loop_unroll_factor=UNROLL):
+        for begin in tl.range(one * BLOCK_N, n, parts * BLOCK_N, num_stages=STAGES):
             places = begin + tl.arange(0, BLOCK_N)
             there = places < n
             inside = _within(channels, places, c, n, FULL)
@@ -755,7 +786,7 @@ def grad_gates(
         weight = _some(spatial + plane + places, there, SPATIAL, 1.0)[None, :]
         top = _some(maximum + plane + places, there, COUNT, 0.0)[None, :]
         groups = tl.num_programs(1)
-        for begin in tl.range(another * BLOCK_C, c, groups * BLOCK_C, num_stages=STAGES, loop_unroll_factor=UNROLL):
+        for begin in tl.range(another * BLOCK_C, c, groups * BLOCK_C, num_stages=STAGES):
             channels = begin + tl.arange(0, BLOCK_C)
             at = sample * c + channels
             by, plus, inverse, offset = _of_channels(gate, factors, affine, at, channels, c, step, NORM, CHANNEL)
@@ -807,12 +838,8 @@ def grad_gate(
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     every = tl.cast(batch, tl.int64) * n
     inside = places < every
-    d = tl.zeros([BLOCK], tl.float32)
-    count = tl.zeros([BLOCK], tl.float32)
-    for group in range(groups):
-        d += tl.load(by_place + group * every + places, mask=inside, other=0.0)
-        count += tl.load(counts + group * every + places, mask=inside, other=0.0)
-    tl.store(counts + places, count, mask=inside)
+    d = _sum(by_place, places, inside, groups, every)
+    tl.store(counts + places, _sum(counts, places, inside, groups, every), mask=inside)
     v = tl.load(logits + places, mask=inside, other=0.0)
     hat = v
     if NORM:
@@ -1008,7 +1035,6 @@ def grad_summary(
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
-    UNROLL: tl.constexpr,
 ):
     """What comes to the channel gate by the summary, and how often the maximum over positions is there, of a part.
 
@@ -1027,7 +1053,7 @@ def grad_summary(
     total = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
     alone = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
     count = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
-    for begin in tl.range(part * BLOCK_N, n, parts * BLOCK_N, num_stages=STAGES, loop_unroll_factor=UNROLL):
+    for begin in tl.range(part * BLOCK_N, n, parts * BLOCK_N, num_stages=STAGES):
         places = begin + tl.arange(0, BLOCK_N)
         inside = _within(channels, places, c, n, FULL)
         v = _read(x + _at(channels, places, stride_c, stride_n, LONG), inside, FULL)
@@ -1087,8 +1113,7 @@ def grad_logits(
     d = _of_both(by_channel, by_summary, at, there, step, shares, others, NORM, SUMMARY)
     number = tl.zeros([BLOCK_C], tl.float32)
     if COUNT:
-        for share in range(others):
-            number += tl.load(of_counts + share * step + at, mask=there, other=0.0)
+        number = _sum(of_counts, at, there, others, step)
     if NORM:
         one = _of_both(by_channel + step, by_summary + step, at, there, step, shares, others, NORM, SUMMARY)
         tl.store(sums + at, d, mask=there)
@@ -1112,12 +1137,9 @@ def grad_logits(
 def _of_both(one, other, at, there, step, shares, others, NORM: tl.constexpr, SUMMARY: tl.constexpr):
     """Sums over the parts of `grad_gates` and of `grad_summary`."""
     apart = step * (2 if NORM else 1)
-    d = tl.zeros(at.shape, tl.float32)
-    for share in range(shares):
-        d += tl.load(one + share * apart + at, mask=there, other=0.0)
+    d = _sum(one, at, there, shares, apart)
     if SUMMARY:
-        for share in range(others):
-            d += tl.load(other + share * apart + at, mask=there, other=0.0)
+        d += _sum(other, at, there, others, apart)
     return d
 
 
@@ -1143,7 +1165,7 @@ def grad_mlp_second(
     for begin in range(0, c, BLOCK_C):
         channels = begin + tl.arange(0, BLOCK_C)
         left = _matrix(dlogits, samples, channels, batch, c, c, 1)
-        total += tl.dot(left, _matrix(second, channels, units, c, width, width, 1), input_precision="ieee")
+        total += tl.dot(left, _matrix(second, channels, units, c, width, width, 1), input_precision=EXACT)
     inside = (samples < batch)[:, None] & (units < width)[None, :]
     for pool in tl.static_range(POOLS):
         at = (pool * batch + samples)[:, None] * width + units[None, :]
@@ -1178,10 +1200,10 @@ def grad_mlp_first(
         weights = _matrix(first, units, channels, width, c, c, 1)
         if FIRST == 0:
             left = _matrix(dfirst, samples, units, batch, width, width, 1)
-            to_all += tl.dot(left, weights, input_precision="ieee")
+            to_all += tl.dot(left, weights, input_precision=PARTED)
         if FIRST + POOLS == 2:
             left = _matrix(dfirst + (POOLS - 1) * batch * width, samples, units, batch, width, width, 1)
-            to_maxima += tl.dot(left, weights, input_precision="ieee")
+            to_maxima += tl.dot(left, weights, input_precision=PARTED)
     at = samples[:, None] * c + channels[None, :]
     there = (samples < batch)[:, None] & (channels < c)[None, :]
     if SHARED:
@@ -1228,7 +1250,7 @@ def grad_mlp_weights(
         right = tl.load(
             pools + rows[:, None] * c + channels[None, :], mask=there[:, None] & (channels < c)[None, :], other=0.0
         )
-        of_first += tl.dot(left, right, input_precision="ieee")
+        of_first += tl.dot(left, right, input_precision=EXACT)
         of_units += tl.sum(left, axis=1)
         there = rows < batch
         at = channels[:, None] + rows[None, :] * c
@@ -1236,7 +1258,7 @@ def grad_mlp_weights(
         right = tl.load(
             hidden + rows[:, None] * width + units[None, :], mask=there[:, None] & (units < width)[None, :], other=0.0
         )
-        of_second += tl.dot(left, right, input_precision="ieee")
+        of_second += tl.dot(left, right, input_precision=EXACT)
         of_channels += tl.sum(left, axis=1)
     kind = dweight_first.dtype.element_ty
     tl.store(dweight_first + units[:, None] * c + channels[None, :], of_first.to(kind), mask=in_first)
@@ -1442,31 +1464,11 @@ def finish(
 
 
 @triton.jit
-def follow(mean, var, tracked, moments, momentum, count, c, AVERAGE: tl.constexpr, BLOCK: tl.constexpr):
-    """Let a norm's running mean and variance (C) follow mean and biased variance of so many values."""
-    so_far = tl.load(tracked) + 1
-    if AVERAGE:
-        momentum = 1.0 / so_far.to(tl.float32)
-    for begin in range(0, c, BLOCK):
-        channels = begin + tl.arange(0, BLOCK)
-        inside = channels < c
-        old = tl.load(mean + channels, mask=inside, other=0.0).to(tl.float32)
-        new = tl.load(moments + channels, mask=inside, other=0.0)
-        tl.store(mean + channels, (old + momentum * (new - old)).to(mean.dtype.element_ty), mask=inside)
-        old = tl.load(var + channels, mask=inside, other=0.0).to(tl.float32)
-        new = tl.load(moments + c + channels, mask=inside, other=0.0) * (count / (count - 1))
-        tl.store(var + channels, (old + momentum * (new - old)).to(var.dtype.element_ty), mask=inside)
-    tl.store(tracked, so_far)
-
-
-@triton.jit
 def share(given, counts, found, step, n, shares, BLOCK: tl.constexpr):
     """Gradients of means and maxima (2, B * C), shared out among all places and among those of the maxima."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = at < step
-    number = tl.zeros([BLOCK], tl.float32)
-    for part in range(shares):
-        number += tl.load(counts + part * step + at, mask=there, other=0.0)
+    number = _sum(counts, at, there, shares, step)
     to_all, to_maxima = tl.load(given + at, mask=there, other=0.0), tl.load(given + step + at, mask=there, other=0.0)
     to_all, to_maxima = _shared(to_all / n, to_maxima, number)
     tl.store(found + at, to_all, mask=there)

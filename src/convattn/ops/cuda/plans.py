@@ -16,25 +16,26 @@ import triton
 Tensor = torch.Tensor
 # enough for a GPU to be busy
 PROGRAMS = 512
-# positions that a program takes of a plane, at most so many of a row, and elements of what is not the map
-PLANE, COLUMNS, FLAT = 256, 64, 1024
+# positions that a program takes of a plane, at most so many of a row, and elements of what is not the map, fewer where
+# it sums up parts of them
+PLANE, COLUMNS, FLAT, SUMMED = 256, 64, 1024, 256
 # samples, at most, and channels that a program takes of small maps (B, C)
 BATCHES, FEW_CHANNELS = 128, 8
 # samples, hidden units and channels that a program takes of an MLP: where channels are summed over, where units are,
 # and where samples are
 OVER_CHANNELS = {"BLOCK_B": 16, "BLOCK_H": 16, "BLOCK_C": 128}
 OVER_UNITS = {"BLOCK_B": 16, "BLOCK_H": 16, "BLOCK_C": 64}
-OVER_SAMPLES = {"BLOCK_B": 32, "BLOCK_H": 16, "BLOCK_C": 32}
+OVER_SAMPLES = {"BLOCK_B": 64, "BLOCK_H": 16, "BLOCK_C": 16, "num_warps": 2}
 # what a program takes of a map, with channels first, last, and last where there are few positions: elements, how many
-# of them lie together, warps, stages of the loop and how often it is unrolled, or tiles one after the other; the
-# fastest of sixteen on an H200
+# of them lie together, warps, and stages of the loop or tiles one after the other; the fastest of 36 on an H200, in
+# bfloat16, of (256, 256, 56, 56) and with channels last of the maps of a ResNet-50 behind their norms too
 TILES: dict[str, tuple[tuple[int, ...], ...]] = {
-    "pool": ((2048, 64, 4, 3, 1), (2048, 64, 4, 3, 1), (4096, 1024, 4, 3, 1)),
-    "summarise": ((4096, 64, 4, 3, 1), (4096, 64, 4, 3, 1), (4096, 256, 4, 3, 1)),
-    "apply": ((4096, 64, 4, 1), (4096, 64, 4, 1), (4096, 64, 4, 1)),
-    "grad_gates": ((4096, 64, 4, 1, 1), (2048, 128, 4, 1, 1), (2048, 256, 4, 1, 1)),
-    "grad_summary": ((2048, 64, 4, 3, 1), (4096, 64, 4, 3, 1), (4096, 1024, 4, 3, 1)),
-    "grad_input": ((4096, 64, 4, 2), (4096, 64, 4, 1), (4096, 64, 4, 1)),
+    "pool": ((2048, 64, 4, 3), (1024, 64, 2, 4), (2048, 512, 2, 3)),
+    "summarise": ((512, 64, 1, 3), (2048, 64, 2, 3), (1024, 64, 2, 4)),
+    "apply": ((2048, 64, 4, 1), (2048, 128, 4, 1), (4096, 64, 4, 1)),
+    "grad_gates": ((2048, 64, 2, 3), (1024, 64, 2, 3), (2048, 1024, 2, 3)),
+    "grad_summary": ((1024, 64, 1, 3), (2048, 512, 2, 3), (2048, 1024, 2, 3)),
+    "grad_input": ((8192, 128, 8, 1), (4096, 64, 4, 1), (4096, 64, 4, 1)),
 }
 FEW = 512
 ONCE = ("apply", "grad_input")
@@ -61,6 +62,7 @@ class Window(NamedTuple):
     normed: bool
     training: bool
     eps: float
+    momentum: float
 
     @property
     def extent(self) -> dict[str, int]:
@@ -73,14 +75,7 @@ class Norm(NamedTuple):
 
     training: bool
     eps: float
-
-
-class Running(NamedTuple):
-    """How running statistics follow: with which momentum, those of how many values, or as the average of all."""
-
     momentum: float
-    values: float
-    average: bool
 
 
 class Form(NamedTuple):
@@ -97,7 +92,6 @@ class Form(NamedTuple):
     window: Window | None = None
     parallel: bool = False
     norm: Norm | None = None
-    running: Running | None = None
 
     @property
     def pools(self) -> dict[str, int]:
@@ -155,20 +149,19 @@ class Plan:
         self.steps.append(Step(name, grid, given, numbers, constants))
 
     def run(self, tensors: dict[str, Tensor], kernels: Any) -> None:
-        """Start all kernels on the current device."""
-        at = {name: one.data_ptr() for name, one in tensors.items()}
-        aligned = not functools.reduce(operator.or_, at.values()) % 16
+        """Start all kernels on the current device. The tensors come in the same order each time."""
+        at = [one.data_ptr() for one in tensors.values()]
+        aligned = not functools.reduce(operator.or_, at) % 16
         if self.compiled and aligned:
-            for name, (slab, offset, _, _) in self.places.items():
-                at[name] = at[slab] + 4 * offset
             stream = torch._C._cuda_getCurrentRawStream(self.form.device)
-            for compiled, grid, names, rest in self.compiled:
-                pointers = [at[name] for name in names]
-                how = (compiled.function, compiled.packed_metadata, None, None, None)
-                compiled.run(*grid, stream, *how, *pointers, *rest)
+            for start, grid, how, places, rest in self.compiled:
+                start(*grid, stream, *how, *[at[number] + offset for number, offset in places], *rest)
             return
+        order = {name: number for number, name in enumerate(tensors)}
+        places = {name: (number, 0) for name, number in order.items()}
         for name, (slab, offset, size, dtype) in self.places.items():
             tensors[name] = tensors[slab][offset : offset + size].view(dtype)
+            places[name] = (order[slab], 4 * offset)
         compiled = []
         for step in self.steps:
             kernel = getattr(kernels, step.name)
@@ -176,13 +169,16 @@ class Plan:
             found = kernel[step.grid](*given, *step.numbers, **step.constants)
             # in the order of the kernel's own parameters, without what is for the compiler
             rest = [step.constants[name] for name in kernel.arg_names if name in step.constants]
-            compiled.append((found, (*step.grid, 1, 1)[:3], step.tensors, (*step.numbers, *rest)))
+            compiled.append((found, (*step.grid, 1, 1)[:3], [places[name] for name in step.tensors], rest))
         if aligned and _PLACED and all(one[0] is not None for one in compiled):
-            self.compiled = compiled
+            self.compiled = [
+                (one.run, grid, (one.function, one.packed_metadata, None, None, None), of, (*step.numbers, *rest))
+                for step, (one, grid, of, rest) in zip(self.steps, compiled, strict=True)
+            ]
 
     def tile(self, name: str) -> dict[str, Any]:
         """Channels and positions that a program takes at once, and how it is built."""
-        elements, together, warps, *loop = TILES[name][self.form.last * (1 if self.count >= FEW else 2)]
+        elements, together, warps, loop = TILES[name][self.form.last * (1 if self.count >= FEW else 2)]
         along, across = self.form.channels, self.count
         if not self.form.last:
             along, across = across, along
@@ -193,10 +189,10 @@ class Plan:
         found: dict[str, Any] = {"FULL": full, "LONG": self.form.channels * self.count >= 1 << 31}
         found |= {"BLOCK_C": block_c, "BLOCK_N": block_n, "num_warps": warps}
         if name in ONCE:
-            steps = min(loop[0], max(1, self.count // block_n))
+            steps = min(loop, max(1, self.count // block_n))
             full = full and self.count % (block_n * steps) == 0
             return found | {"STEPS": steps, "FULL": full}
-        return found | {"STAGES": loop[0], "UNROLL": loop[1]}
+        return found | {"STAGES": loop}
 
     def blocks_c(self, tile: dict[str, int]) -> int:
         """Tiles along the channels."""
@@ -286,15 +282,6 @@ def grad_pooling(form: Form) -> Plan:
     return plan
 
 
-@functools.lru_cache(maxsize=256)
-def following(form: Form) -> Plan:
-    """Running statistics after those of a batch."""
-    plan = Plan(form)
-    momentum, values, average = form.running or Running(0.0, 0.0, average=True)
-    plan.step("follow", (1,), "mean var tracked moments", momentum, values, form.channels, AVERAGE=average, BLOCK=FLAT)
-    return plan
-
-
 def _kept(plan: Plan) -> None:
     """The places of what is kept for the backward pass."""
     form = plan.form
@@ -331,12 +318,13 @@ def _pool(plan: Plan) -> None:
         blocks = -(-form.batch * form.channels // FLAT)
         plan.step("pooled", (blocks,), "parts pools", form.channels, form.batch, parts, **form.pools, BLOCK_C=FLAT)
         return
-    training, eps = form.norm
-    there = {"TRAINING": training, "WEIGHT": plan.has("bn_weight"), "BIAS": plan.has("bn_bias")}
+    training, eps, momentum = form.norm
+    there = {"TRAINING": training, "FOLLOW": plan.has("bn_tracked")}
+    there |= {"WEIGHT": plan.has("bn_weight"), "BIAS": plan.has("bn_bias")}
     tile = _tile_of_batch(form)
     blocks = -(-form.channels // tile["BLOCK_C"])
-    given = "x parts bn_mean bn_var bn_weight bn_bias affine bn_moments hat pools top"
-    numbers = (*plan.shape[:3], form.batch, parts, eps)
+    given = "x parts bn_mean bn_var bn_tracked bn_weight bn_bias affine bn_moments hat pools top"
+    numbers = (*plan.shape[:3], form.batch, parts, eps, momentum)
     plan.step("normalise", (blocks,), given, *numbers, **form.pools, **there, **tile)
 
 
@@ -352,7 +340,7 @@ def _mlp(plan: Plan, mlp: Mlp) -> None:
     given = "pools first first_bias first_of_pools"
     there = {"BIAS": plan.has("first_bias")}
     grid = _grid(OVER_CHANNELS, "BLOCK_H", mlp.width, rows)
-    plan.step("mlp_first", grid, given, form.channels, mlp.width, rows, **there, **OVER_CHANNELS)
+    plan.step("mlp_first", grid, given, form.channels, mlp.width, rows, **there, **OVER_CHANNELS, num_warps=2)
     plan.step(
         "mlp_second",
         _grid(OVER_UNITS, "BLOCK_C", form.channels, form.batch),
@@ -383,17 +371,20 @@ def _window(plan: Plan, window: Window) -> None:
         plan.hold("scratch", "window_parts", form.batch * blocks, 3)
     given = "planes weight of_window window_parts"
     grid = (blocks, form.batch)
-    plan.step("convolve", grid, given, *form.plane, *window.strides, MOMENTS=trained, **window.extent, **tile)
+    there = {"MOMENTS": trained} | window.extent | tile
+    plan.step("convolve", grid, given, *form.plane, *window.strides, **there, num_warps=2)
     plan.step(
         "gate",
         (-(-form.batch * plan.count // FLAT),),
-        "of_window window_parts mean var norm_weight norm_bias strength spatial used moments",
+        "of_window window_parts mean var tracked norm_weight norm_bias strength spatial used moments",
         form.batch,
         plan.count,
         form.batch * blocks,
         window.eps,
+        window.momentum,
         NORM=window.normed,
         TRAINING=trained,
+        FOLLOW=plan.has("tracked"),
         WEIGHT=plan.has("norm_weight"),
         BIAS=plan.has("norm_bias"),
         STRENGTH=plan.has("strength"),
@@ -461,7 +452,7 @@ def _grad_window(plan: Plan, window: Window, groups: int) -> None:
     plan.hold("scratch", "weight_parts", 2, lines, parts, across)
     given = "planes dlogits_of_window weight_parts"
     numbers = (form.batch, *form.plane)
-    plan.step("grad_weight", (lines, parts), given, *numbers, ACROSS=across, **window.extent, **tile)
+    plan.step("grad_weight", (lines, parts), given, *numbers, ACROSS=across, **window.extent, **tile, num_warps=2)
 
 
 def _grad_summary(plan: Plan, *, summary: bool, maximum: bool) -> int:
@@ -486,7 +477,7 @@ def _grad_mlp(plan: Plan, mlp: Mlp, shares: int, *, see: bool) -> None:
     small, norm = (form.batch, form.channels), form.norm is not None
     summary, maximum = see and form.window is not None, "max" in mlp.pools
     others = _grad_summary(plan, summary=summary, maximum=maximum)
-    blocks, pools = -(-form.batch * form.channels // FLAT), len(mlp.pools)
+    blocks, pools = _blocks_of_sums(form), len(mlp.pools)
     for name in ("number", "dlogits", "times"):
         plan.hold("scratch", name, *small)
     plan.hold("scratch", "sums", 2, *small)
@@ -508,7 +499,7 @@ def _grad_mlp(plan: Plan, mlp: Mlp, shares: int, *, see: bool) -> None:
         SUMMARY=summary,
         COUNT=maximum,
         STRENGTH=plan.has("strength"),
-        BLOCK_C=FLAT,
+        BLOCK_C=SUMMED,
     )
     sizes = (form.channels, mlp.width, form.batch)
     more: dict[str, Any] = {"POOLS": pools, "ACTIVATION": mlp.activation} | OVER_CHANNELS
@@ -529,6 +520,10 @@ def _grad_mlp(plan: Plan, mlp: Mlp, shares: int, *, see: bool) -> None:
         blocks = -(-form.channels // tile["BLOCK_C"])
         numbers = (form.channels, plan.count, form.batch)
         plan.step("grad_norm", (blocks,), given, *numbers, MAX=maximum, **there, **tile)
+
+
+def _blocks_of_sums(form: Form) -> int:
+    return -(-form.batch * form.channels // SUMMED)
 
 
 def _grad_input(plan: Plan, *, given: bool, see: bool) -> None:
@@ -555,5 +550,4 @@ def _finish(plan: Plan) -> None:
     wide = form.window.sides[-1] if form.window is not None else 1
     more = {"WIDE": wide, "ACROSS": across, "OF_PARTS": triton.next_power_of_2(parts)}
     given = "weight_parts strengths strength_of_window grad_weight grad_strength"
-    count = -(-form.batch * form.channels // FLAT)
-    plan.step("finish", (2 * lines,), given, parts, count, **there, **more)
+    plan.step("finish", (2 * lines,), given, parts, _blocks_of_sums(form), **there, **more)
