@@ -97,6 +97,39 @@ inline void product_rows(const Rows& rows, int64_t row, const T* x, const T* dy,
     for (int r = 0; r < R && DOWN; ++r) { found[r] = sum_of(s[r]) + rest[r]; found[R + r] = sum_of(plain[r]) + plain_rest[r]; }
 }
 
+// of a row the sum of x * dy, with a norm of hat * dy, and then the sum of dy
+template <class Norm, class T>
+inline void product_row(const T* x, const T* dy, const Norm& norm, int64_t n, float* found, float* plain) {
+    constexpr int64_t BLOCK = 2048;
+    double total = 0, alone = 0;
+    for (int64_t first = 0; first < n; first += BLOCK) {
+        const int64_t last = std::min(n, first + BLOCK);
+        Vec s[4], p[4];
+        for (int k = 0; k < 4; ++k) s[k] = p[k] = splat(0.f);
+        int64_t i = first;
+        for (; i + 4 * W <= last; i += 4 * W)
+            for (int k = 0; k < 4; ++k) {
+                const Vec d = load(dy + i + k * W);
+                s[k] += norm.hat(load(x + i + k * W), i) * d;
+                if (Norm::NORM) p[k] += d;
+            }
+        for (; i + W <= last; i += W) {
+            const Vec d = load(dy + i);
+            s[0] += norm.hat(load(x + i), i) * d;
+            if (Norm::NORM) p[0] += d;
+        }
+        for (; i < last; ++i) {
+            const float d = get(dy + i);
+            total += norm.hat(get(x + i), i) * d;
+            if (Norm::NORM) alone += d;
+        }
+        total += sum_of((s[0] + s[1]) + (s[2] + s[3]));
+        if (Norm::NORM) alone += sum_of((p[0] + p[1]) + (p[2] + p[3]));
+    }
+    *found = float(total);
+    if (Norm::NORM) *plain = float(alone);
+}
+
 // Gradients of both gates from that of y; either gate may be absent, and then its gradient is as well. With maxima over
 // the channels, of the map whose channels are gated or of the map, also where they are. With a norm there is a channel
 // gate, and in place of its gradient are the sums of dy * spatial times hat, and those of dy * spatial (2, B, C).
@@ -105,6 +138,13 @@ void grad_gates(const Map& map, const T* x, const T* dy, const Affine* affine, c
                 const float* max, bool gated, float* dchannel, float* dspatial, int32_t* places) {
     const int64_t b = map.b, c = map.c, n = map.n;
     const bool last = map.last;
+    if (!last && !spatial && !max)
+        // nothing is asked of places
+        return each_row(map, b * c, n, [&](int64_t row) {
+            const T *of_x = x + row * n, *of_dy = dy + row * n;
+            if (affine) product_row(of_x, of_dy, OfRow(affine, row % c), n, dchannel + row, dchannel + b * c + row);
+            else product_row(of_x, of_dy, Bare(), n, dchannel + row, nullptr);
+        });
     const int threads = map.threads;
     const int64_t width = last ? c : n, height = last ? n : c;
     const float* across = last ? channel : spatial;
@@ -153,8 +193,7 @@ void grad_gates(const Map& map, const T* x, const T* dy, const Affine* affine, c
         if (spatial) all(yes, yes, Finding<IN_ROWS>{}, InRow());
         else all(no, yes, Finding<NOTHING>{}, InRow());
     } else if (affine) {
-        if (spatial) all(yes, yes, Finding<ACROSS_ROWS>{}, OfRow());
-        else all(yes, no, Finding<NOTHING>{}, OfRow());
+        all(yes, yes, Finding<ACROSS_ROWS>{}, OfRow());
     } else if (down && dacross) with(yes, yes);
     else if (down) with(yes, no);
     else with(no, yes);
