@@ -165,7 +165,9 @@ def _on_map(
             module.to(place.dtype)
         make = _training if training else _inference
         steps = {name: make(module, x, dy) for name, module in modules.items()} | floor
-        times = cost.rounds(steps, repeats=repeats if x.numel() > 1 << 18 else 20 * repeats, device=place.device)
+        # what takes a millisecond or less, a single disturbance hides
+        more = 20 if x.numel() <= 1 << 18 else 5 if x.numel() <= 1 << 20 else 1
+        times = cost.rounds(steps, repeats=more * repeats, device=place.device)
         # read and written once each way: x, y; and in the backward pass x, dy, dx. A copy reads one and writes one.
         times["floor"] = [value * (2.5 if training else 1) for value in times["floor"]]
         ratios = {name: _ratio(times["ours"], values) for name, values in times.items() if name != "ours"}
@@ -224,6 +226,10 @@ def _modules(op: str, channels: int, others: list[str]) -> dict[str, nn.Module]:
         found["torchvision"] = SqueezeExcitation(channels, theirs.fc1.out_channels)
         found["torchvision"].load_state_dict(theirs.state_dict())
     if "compile" in others:
+        from torch._inductor import config
+
+        # in this process: those that it starts otherwise come up while the first map is measured
+        config.compile_threads = 1
         found["compile"] = torch.compile(copy.deepcopy(theirs), fullgraph=True)
     if "plain" in others:
         found["plain"] = _Plain(copy.deepcopy(ours))

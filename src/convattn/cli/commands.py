@@ -256,7 +256,7 @@ def bench(
     shapes: Annotated[
         str | None, typer.Option(help="Maps, separated by commas.", show_default="six of a ResNet-50, and a small one")
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Rounds of the candidates.")] = 11,
+    repeats: Annotated[int, typer.Option(help="Rounds of the candidates, more for small maps.")] = 11,
     batch: Annotated[int, typer.Option(help="Images for the network.")] = 8,
     image_size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 224,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",

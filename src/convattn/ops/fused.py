@@ -29,7 +29,7 @@ import torch
 
 from convattn.ops import reference
 from convattn.ops.between import gate_of, wide
-from convattn.ops.gates import Gates, Kept, Kernels, Maybe, Norm, Normed, Steps, Tensor
+from convattn.ops.gates import Gates, Kept, Kernels, Maybe, Norm, Normed, Steps, Tensor, is_last
 
 _aten = torch.ops.aten
 
@@ -45,10 +45,10 @@ def forward(
     was slower by 0 to 30 % on two cores.
     """
     mlp, window, moments, kept, normed = gates.channel, gates.spatial, None, Kept(), None
+    found = kernels.at_once(x, gates, strength, shortcut, norm)
+    if found is not None:
+        return found
     with _in_float32(x):
-        found = kernels.at_once(x, gates, strength, shortcut, norm)
-        if found is not None:
-            return found
         steps = cast(Steps, kernels)
         if mlp is not None:
             mean, maximum = "mean" in mlp.pools, "max" in mlp.pools
@@ -93,10 +93,10 @@ def backward(
     by_norm: tuple[Maybe, ...] = ()
     sums: Maybe = None
     hats = through = None
+    found = kernels.grad_at_once(x, dy, gates, strength, kept, needs_map, norm, normed)
+    if found is not None:
+        return found
     with _in_float32(x):
-        found = kernels.grad_at_once(x, dy, gates, strength, kept, needs_map, norm, normed)
-        if found is not None:
-            return found
         steps = cast(Steps, kernels)
         kept = steps.apart(kept, gates)
         pooled, seen = kept.pooled, None if kept.planes is None else kept.planes[1]
@@ -163,7 +163,7 @@ _nothing = nullcontext()
 
 
 def _in_float32(x: Tensor) -> Any:
-    """Small maps are computed in float32, mixed precision or not."""
+    """Small maps are computed in float32, mixed precision or not, where operators of PyTorch compute them."""
     device = x.device.type
     return _without_autocast(device) if torch.is_autocast_enabled(device) else _nothing
 
@@ -343,20 +343,14 @@ class MeanMax(torch.autograd.Function):
         return kernels.grad_pool(x, pooled, halves), None
 
 
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
 def dense(x: Tensor) -> Tensor:
     """The map in one piece, in the memory format that it has."""
-    if x.is_contiguous() or x.movedim(1, -1).is_contiguous():
-        return x
-    last = x.dim() in _FORMATS and x.is_contiguous(memory_format=_FORMATS[x.dim()])
-    return x.contiguous(memory_format=_FORMATS[x.dim()]) if last else x.contiguous()
+    return x if x.is_contiguous() or is_last(x) else x.contiguous()
 
 
 def like(given: Tensor, x: Tensor) -> Tensor:
     """Another map in the memory format and dtype of `x`."""
-    if given.dtype is x.dtype and (given if x.is_contiguous() else given.movedim(1, -1)).is_contiguous():
+    if given.dtype is x.dtype and (given.is_contiguous() if x.is_contiguous() else is_last(given)):
         return given
     return torch.empty_like(x).copy_(given)
 

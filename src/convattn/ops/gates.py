@@ -23,6 +23,17 @@ GATE_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# those in which the channels of a place lie together, by the number of dimensions
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def is_last(x: Tensor) -> bool:
+    """Whether a tensor is in one piece with its second dimension last in memory."""
+    kind = FORMATS.get(x.dim())
+    # to move a dimension takes ten times as long as to look
+    return x.movedim(1, -1).is_contiguous() if kind is None else x.is_contiguous(memory_format=kind)
+
+
 def convolve(summary: Tensor, weight: Tensor) -> Tensor:
     """The convolution of a summary with zeros around it."""
     operator = (functional.conv1d, functional.conv2d, functional.conv3d)[weight.dim() - 3]

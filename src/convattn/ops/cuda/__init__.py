@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from convattn.ops.gates import Gates, Kept, Norm, Normed, Window
+from convattn.ops.gates import Gates, Kept, Norm, Normed, Window, is_last
 
 Tensor = torch.Tensor
 Maybe = Any
@@ -161,9 +161,9 @@ def _tensors(gates: Gates, norm: Norm | None) -> dict[str, Maybe]:
 
 def _window(weight: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """A window's weight and the strides of its planes and taps."""
-    if not weight.is_contiguous() and weight.movedim(1, -1).is_contiguous():
+    if not weight.is_contiguous() and is_last(weight):
         return weight, (1, 2)
-    return weight.contiguous(), (weight[0, 0].numel(), 1)
+    return weight.contiguous(), (weight.shape[2:].numel(), 1)
 
 
 _NOTHING = contextlib.nullcontext()
