@@ -24,6 +24,10 @@ NAMES = (REFERENCE, CPU, CUDA)
 # those with kernels
 _PLACES = {CPU: cpu, CUDA: cuda}
 _asked: list[str | None] = []
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+# by way of the modules that they are in, these take as long again
+_transforms, _modes = torch._C._functorch.peek_interpreter_stack, torch._C._len_torch_dispatch_stack
+_is_tracing = torch._C._is_tracing
 
 
 @contextlib.contextmanager
@@ -80,13 +84,13 @@ def _watched(x: torch.Tensor) -> str | None:
     """What wants to see every operator, so that PyTorch's own have to be there."""
     if torch.compiler.is_compiling():
         return "a compiler or exporter reads along"
-    if type(x) not in (torch.Tensor, torch.nn.Parameter):
+    if type(x) not in _PLAIN:
         return f"it is for plain tensors, not for {type(x).__name__}"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if _transforms() is not None:
         return "torch.func transforms the call"
-    if torch._C._len_torch_dispatch_stack():
+    if _modes():
         return "a dispatch mode reads along"
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if _is_tracing():
         return "it is traced"
     if forward_ad._current_level >= 0:
         return "forward-mode derivatives are taken"
@@ -196,5 +200,7 @@ def _better_than_compiled(x: torch.Tensor, gates: Gates) -> bool:
 
 def _alike(x: torch.Tensor, gates: Gates) -> bool:
     """Whether map and gates are of one type, or mixed precision is on purpose: else PyTorch has to object."""
-    types = {one.dtype for one in gates.tensors() if one is not None}
-    return types == {x.dtype} or torch.is_autocast_enabled(x.device.type)
+    for one in gates.tensors():
+        if one is not None and one.dtype is not x.dtype:
+            return torch.is_autocast_enabled(x.device.type)
+    return True

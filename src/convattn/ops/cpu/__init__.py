@@ -20,7 +20,7 @@ def why_not_for(x: Tensor) -> str | None:
     missing = why_not()
     if missing is not None:
         return missing
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"it is for maps on the CPU, not on {x.device.type}"
     if x.dtype not in SUFFIXES:
         return f"it is for float32 and bfloat16, not for {str(x.dtype).removeprefix('torch.')}"
