@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from convattn import ops
+from convattn.attachment.wrapper import Attached
 from convattn.errors import BackendUnavailable, InvalidOption
 from convattn.nn import CBAM, ChannelAttention, DualPool, SpatialAttention, SqueezeExcite
 from convattn.ops import reference
@@ -250,6 +251,26 @@ def test_a_map_that_is_used_elsewhere_too() -> None:
     loss(module, leaf).backward()
     loss(copy.deepcopy(module).double(), double).backward()
     assert_close(leaf.grad, double.grad, torch.float32)
+
+
+class Stop(torch.autograd.Function):
+    """The same, with no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("before", [nn.Identity, lambda: nn.BatchNorm2d(6)])
+def test_where_no_gradient_comes_none_goes(before: Callable[[], nn.Module]) -> None:
+    module = Attached(before(), CBAM(6))
+    x = torch.randn(2, 6, 5, 5, requires_grad=True)
+    Stop.apply(module(x)).sum().backward()  # type: ignore[no-untyped-call]
+    assert all(one.grad is None for one in (x, *module.parameters()))
 
 
 def test_many_gradients_at_once() -> None:
