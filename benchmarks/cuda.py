@@ -20,8 +20,7 @@ from convattn.attachment.wrapper import Attached
 from convattn.nn import CBAM
 from convattn.tables import aligned
 
-MAPS = ("pool", "summarise", "apply", "grad_gates", "grad_summary", "grad_input")
-# how often each of these passes over a map, reading or writing it
+# the kernels that pass over the map, and how often each reads or writes it
 PASSES = {"pool": 1, "summarise": 1, "apply": 2, "grad_gates": 2, "grad_summary": 1, "grad_input": 3}
 SHAPES = ((256, 56), (512, 28), (1024, 14), (2048, 7))
 DEVICE = torch.device("cuda")
@@ -84,9 +83,9 @@ def on_map(images: int, channels: int, side: int, dtype: torch.dtype, *, last: b
 def table(head: list[str], columns: list[Counter[str]]) -> str:
     """A row for each kernel that passes over the map, and what they come to beside a copy, which passes twice."""
     rows = [head]
-    rows += [[name, str(PASSES[name]), *(f"{times[name]:.0f}" for times in columns)] for name in MAPS]
+    rows += [[name, str(PASSES[name]), *(f"{times[name]:.0f}" for times in columns)] for name in PASSES]
     whole = [times.total() - times["copy"] for times in columns]
-    small = [every - sum(times[name] for name in MAPS) for every, times in zip(whole, columns, strict=True)]
+    small = [every - sum(times[name] for name in PASSES) for every, times in zip(whole, columns, strict=True)]
     count = sum(PASSES.values())
     rate = [count / 2 * times["copy"] / every for every, times in zip(whole, columns, strict=True)]
     rows.append(["on small maps", "", *(f"{one:.0f}" for one in small)])

@@ -151,8 +151,8 @@ def described_norm(layer: Any) -> ops.Norm | None:
 def follow(norm: Any, moments: torch.Tensor, count: int) -> None:
     """Let a batch norm's running mean and variance follow mean and biased variance (2, C) of so many numbers."""
     among = norm._buffers
-    tracked = (among["running_mean"], among["running_var"], among["num_batches_tracked"])
-    ops.follow(*tracked, norm.momentum, moments, count)
+    running = (among["running_mean"], among["running_var"], among["num_batches_tracked"])
+    ops.follow(*running, norm.momentum, moments, count)
 
 
 def plain(*layers: nn.Module) -> bool:
