@@ -276,6 +276,7 @@ def normalise(
     """A norm's affine (4, C) and moments (2, C) from the moments of `pool`, and what is pooled behind it.
 
     Means of hat (B, C), the pools (pools, B, C), and in `top` (B, C) what of u the maxima over positions come from.
+    Running mean and variance (C) follow if asked.
     """
     channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channels < c
@@ -573,7 +574,10 @@ def gate(
     STRENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The gate (B, N) of logits behind their norm; mean and variance (2) that it has used, those of all in training."""
+    """The gate (B, N) of logits behind their norm; mean and variance (2) that it has used, those of all in training.
+
+    Running mean and variance follow those if asked.
+    """
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = places < tl.cast(batch, tl.int64) * n
     v = tl.load(logits + places, mask=inside, other=0.0)
