@@ -17,7 +17,8 @@ setup(
             extra_compile_args=GCC if sys.platform != "win32" else ["/std:c++17", "/O2"],
             # installed without where there is no compiler, or one that does not take it
             optional=True,
-            # plain functions, called through ctypes: one library for every version of Python
+            # one library for every version of Python
+            define_macros=[("Py_LIMITED_API", "0x030A0000")],
             py_limited_api=True,
         )
     ],

@@ -3,6 +3,8 @@
 import copy
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -388,12 +390,30 @@ def test_the_choice() -> None:
         pass
 
 
-def test_the_choice_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CONVATTN_BACKEND", "reference")
-    assert ops.choice(torch.randn(1, 2, 3, 3)) == "reference"
-    monkeypatch.setenv("CONVATTN_BACKEND", "quick")
-    with pytest.raises(InvalidOption, match="CONVATTN_BACKEND: expected one of"):
-        ops.choice(torch.randn(1, 2, 3, 3))
+def test_the_choice_by_environment() -> None:
+    asks = "import torch; from convattn import ops; print(ops.choice(torch.ones(1, 2, 3, 3)))"
+    for backend, said in (("reference", "reference\n"), ("quick", "CONVATTN_BACKEND: expected one of"), ("", "cpu\n")):
+        environment = os.environ | {"CONVATTN_BACKEND": backend}
+        ran = subprocess.run([sys.executable, "-c", asks], env=environment, capture_output=True, text=True)
+        assert said in ran.stdout + ran.stderr
+        assert (ran.returncode == 0) == (backend != "quick")
+
+
+def test_what_the_kernels_are_called_with() -> None:
+    follow = library.FUNCTIONS["follow", torch.float32]
+    mean, tracked = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    wrong: list[tuple[list[Any], type[Exception], str]] = [
+        ([1, 2], TypeError, "expected 7 arguments, got 2"),
+        ([1, 2, 0.1, "moments", mean, mean, tracked], AttributeError, "data_ptr"),
+        ([1, 2.5, 0.1, mean, mean, mean, tracked], TypeError, "integer"),
+        ([1 << 64, 2, 0.1, mean, mean, mean, tracked], OverflowError, "too big"),
+    ]
+    for arguments, error, words in wrong:
+        with pytest.raises(error, match=words):
+            follow(*arguments)
+    moments, var = torch.tensor([3.0, 5.0]), torch.ones(1)
+    follow(1, 2, 0.5, moments, mean.data_ptr(), var, tracked)
+    assert (mean.item(), var.item(), tracked.item()) == (1.5, 5.5, 1)
 
 
 def test_without_the_library_it_is_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:

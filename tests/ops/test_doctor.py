@@ -2,7 +2,7 @@
 
 import pytest
 
-from convattn import cli
+from convattn import cli, ops
 from convattn.ops import doctor
 from convattn.ops.cpu import library
 
@@ -33,8 +33,8 @@ def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
-    monkeypatch.setenv("CONVATTN_BACKEND", "reference")
-    found = said()
+    with ops.use("reference"):
+        found = said()
     assert "OMP_WAIT_POLICY=PASSIVE slows" in found["threads"]
     assert found["large pages"].startswith("on (THP_MEM_ALLOC_ENABLE=1") and "OMP_NUM_THREADS=1" in found["threads"]
     assert found["asked for"] == "reference"

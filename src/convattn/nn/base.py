@@ -4,9 +4,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import Proxy
 
 from convattn import checks, ops
 
+_is_tracing = torch.jit.is_tracing  # type: ignore[attr-defined]
 STARTS = ("paper", "identity")
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -31,14 +33,11 @@ class OnMaps(nn.Module):
     def check(self, x: torch.Tensor) -> None:
         """Raise `ShapeMismatch` unless `x` is a map that this module takes."""
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            if isinstance(x, torch.fx.Proxy) or _is_tracing():
+            if isinstance(x, Proxy) or _is_tracing():  # type: ignore[no-untyped-call]
                 # a symbolic trace knows no shapes, and the other kind would warn of every one that is looked at
                 return
-            checks.feature_map(type(self).__name__, x, self.channels, self.dimensions)
-
-
-def _is_tracing() -> bool:
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
+            if x.dim() != self.dimensions + 2 or x.shape[1] != self.channels or 0 in x.shape[1:]:
+                checks.feature_map(type(self).__name__, x, self.channels, self.dimensions)
 
 
 class Gate(OnMaps):

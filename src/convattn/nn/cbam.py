@@ -118,8 +118,7 @@ class ChannelAttention(Gate):
 
     def mlp(self) -> ops.Mlp | None:
         """The same as the fused operators take it; None where they have none like it."""
-        first, activation, second = [held(self, name) for name in ("fc1", "activation", "fc2")]
-        return described(self.pools, first, activation, second, "sigmoid")
+        return described(self.pools, held(self, "fc1"), held(self, "activation"), held(self, "fc2"), "sigmoid")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The gated map, of the shape, dtype and memory format of `x`."""

@@ -91,8 +91,9 @@ class SqueezeExcite(Gate):
     @torch.jit.unused
     def mlp(self) -> ops.Mlp | None:
         """The same as the fused operators take it; None where they have none like it."""
-        first, activation, second, gate = [held(self, name) for name in ("fc1", "activation", "fc2", "gate_activation")]
-        return described(("mean",), first, activation, second, gate)
+        return described(
+            ("mean",), held(self, "fc1"), held(self, "activation"), held(self, "fc2"), held(self, "gate_activation")
+        )
 
     @torch.jit.unused
     def fused(self) -> ops.Gates | None:

@@ -11,22 +11,23 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from convattn.errors import BackendUnavailable, InvalidOption
 from convattn.ops import cpu, cuda, fused, operators, reference
 from convattn.ops.cpu import library
 from convattn.ops.gates import Gates, Norm
 
-# for whoever wants the other one everywhere
+# for whoever wants the other one everywhere: read once, since each look takes as long as the choice
 VARIABLE = "CONVATTN_BACKEND"
 REFERENCE, CPU, CUDA = "reference", "cpu", "cuda"
 NAMES = (REFERENCE, CPU, CUDA)
 # those with kernels
 _PLACES = {CPU: cpu, CUDA: cuda}
-_asked: list[str | None] = []
+_asked: list[str | None] = [os.environ.get(VARIABLE) or None]
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 # by way of the modules that they are in, these take as long again
-_transforms, _modes = torch._C._functorch.peek_interpreter_stack, torch._C._len_torch_dispatch_stack
+_are_transforms_active, _modes = torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack
 _is_tracing = torch._C._is_tracing
 
 
@@ -58,8 +59,8 @@ def choice(x: torch.Tensor) -> str:
     Raises:
         BackendUnavailable: one was asked for that does not serve it.
     """
-    wanted = asked()
-    if wanted == REFERENCE:
+    wanted = _asked[-1]
+    if wanted is not None and asked() == REFERENCE:
         return REFERENCE
     watched = _watched(x)
     # what is traced cannot be asked where it lies
@@ -74,7 +75,7 @@ def choice(x: torch.Tensor) -> str:
 
 def asked() -> str | None:
     """The backend that was asked for, by `use` or by the environment variable CONVATTN_BACKEND; None for none."""
-    wanted = _asked[-1] if _asked else os.environ.get(VARIABLE) or None
+    wanted = _asked[-1]
     if wanted is not None and wanted not in NAMES:
         raise InvalidOption(f"{VARIABLE}: expected one of {', '.join(NAMES)}, got {wanted!r}.")
     return wanted
@@ -82,11 +83,11 @@ def asked() -> str | None:
 
 def _watched(x: torch.Tensor) -> str | None:
     """What wants to see every operator, so that PyTorch's own have to be there."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return "a compiler or exporter reads along"
     if type(x) not in _PLAIN:
         return f"it is for plain tensors, not for {type(x).__name__}"
-    if _transforms() is not None:
+    if _are_transforms_active():
         return "torch.func transforms the call"
     if _modes():
         return "a dispatch mode reads along"
@@ -119,7 +120,7 @@ def gated(
         computed them for a norm in training, whose running mean and variance are still to be updated.
     """
     if gates is not None:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             if _better_than_compiled(x, gates) and _alike(x, gates):
                 return operators.call(x, gates, strength, shortcut)
         elif (backend := choice(x)) != REFERENCE and _alike(x, gates):
@@ -129,7 +130,7 @@ def gated(
 
 def takes_norms(u: torch.Tensor) -> bool:
     """Whether a norm of this map can ride along in the passes of the gates behind it, see `normed`."""
-    return not torch.compiler.is_compiling() and choice(u) != REFERENCE
+    return not is_compiling() and choice(u) != REFERENCE
 
 
 def normed(
@@ -159,7 +160,7 @@ def follow(
     As `torch.nn.BatchNorm2d` does in training, and on the CPU in one call: PyTorch's operators for it take longer than
     all that is computed of a small map.
     """
-    if not torch.compiler.is_compiling() and cpu.takes_running(mean, var, tracked, moments):
+    if not is_compiling() and cpu.takes_running(mean, var, tracked, moments):
         return cpu.follow(mean, var, tracked, momentum, moments, count)
     tracked.add_(1)
     momentum = 1 / int(tracked) if momentum is None else momentum
@@ -200,7 +201,8 @@ def _better_than_compiled(x: torch.Tensor, gates: Gates) -> bool:
 
 def _alike(x: torch.Tensor, gates: Gates) -> bool:
     """Whether map and gates are of one type, or mixed precision is on purpose: else PyTorch has to object."""
+    dtype = x.dtype
     for one in gates.tensors():
-        if one is not None and one.dtype is not x.dtype:
+        if one is not None and one.dtype is not dtype:
             return torch.is_autocast_enabled(x.device.type)
     return True

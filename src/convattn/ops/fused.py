@@ -35,7 +35,7 @@ _aten = torch.ops.aten
 
 
 def forward(
-    kernels: Kernels, x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe = None, norm: Norm | None = None
+    kernels: type[Kernels], x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe = None, norm: Norm | None = None
 ) -> tuple[Tensor, Maybe, Kept, Normed | None]:
     """The gated map, mean and biased variance that the norm has used in training, and what the backward pass needs.
 
@@ -44,12 +44,12 @@ def forward(
     One pass after the other over the whole map: taking a few samples through all of them, so that they stay in a cache,
     was slower by 0 to 30 % on two cores.
     """
-    mlp, window, moments, kept, normed = gates.channel, gates.spatial, None, Kept(), None
     found = kernels.at_once(x, gates, strength, shortcut, norm)
     if found is not None:
         return found
+    mlp, window, moments, kept, normed = gates.channel, gates.spatial, None, Kept(), None
     with _in_float32(x):
-        steps = cast(Steps, kernels)
+        steps = cast(Steps, kernels(x))
         if mlp is not None:
             mean, maximum = "mean" in mlp.pools, "max" in mlp.pools
             if norm is None:
@@ -68,7 +68,7 @@ def forward(
 
 
 def backward(
-    kernels: Kernels,
+    kernels: type[Kernels],
     x: Tensor,
     dy: Tensor,
     gates: Gates,
@@ -83,6 +83,9 @@ def backward(
     The mean and the variance of the gates are those that the norm has used. With a norm the gradient of the map needs
     sums of the gradient behind it, which come out of what is computed for the gates.
     """
+    found = kernels.grad_at_once(x, dy, gates, strength, kept, needs_map, norm, normed)
+    if found is not None:
+        return found
     mlp, window = gates.channel, gates.spatial
     gated = window is not None and mlp is not None and not gates.parallel
     by_mlp: tuple[Maybe, ...] = (None,) * 4
@@ -93,11 +96,8 @@ def backward(
     by_norm: tuple[Maybe, ...] = ()
     sums: Maybe = None
     hats = through = None
-    found = kernels.grad_at_once(x, dy, gates, strength, kept, needs_map, norm, normed)
-    if found is not None:
-        return found
     with _in_float32(x):
-        steps = cast(Steps, kernels)
+        steps = cast(Steps, kernels(x))
         kept = steps.apart(kept, gates)
         pooled, seen = kept.pooled, None if kept.planes is None else kept.planes[1]
         if normed is not None:
@@ -172,13 +172,15 @@ def gated(
     kernels: type[Kernels], x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe = None
 ) -> tuple[Tensor, Maybe]:
     """The gated map, and in training mean and variance of the logits where the norm's running ones are to follow."""
-    x = dense(x)
-    shortcut = None if shortcut is None else like(shortcut, x)
+    if not x.is_contiguous():
+        x = dense(x)
+    if shortcut is not None:
+        shortcut = like(shortcut, x)
     if torch.is_grad_enabled():
         y, moments = Gating.apply(x, strength, shortcut, kernels, gates, *gates.tensors())
     else:
-        y, moments, *_ = forward(kernels(x), x, gates, strength, shortcut)
-    return y, None if kernels.follows(gates.spatial) else moments
+        y, moments, _, _ = forward(kernels, x, gates, strength, shortcut)
+    return y, None if moments is None or kernels.follows(gates.spatial) else moments
 
 
 def normed(kernels: type[Kernels], u: Tensor, norm: Norm, gates: Gates, strength: Maybe) -> tuple[Tensor, Maybe, Maybe]:
@@ -190,7 +192,7 @@ def normed(kernels: type[Kernels], u: Tensor, norm: Norm, gates: Gates, strength
     if torch.is_grad_enabled():
         y, moments, of_norm = NormGating.apply(u, strength, kernels, gates, norm, *gates.tensors(), *norm.tensors())
     else:
-        y, moments, _, kept = forward(kernels(u), u, gates, strength, None, norm)
+        y, moments, _, kept = forward(kernels, u, gates, strength, None, norm)
         assert kept is not None  # noqa: S101
         of_norm = kept.moments
     if kernels.follows(gates.spatial):
@@ -211,11 +213,11 @@ class Gating(torch.autograd.Function):
         gates: Gates,
         *tensors: Maybe,
     ) -> tuple[Tensor, Maybe]:
-        y, moments, kept, _ = forward(kernels(x), x, gates, strength, shortcut)
+        y, moments, kept, _ = forward(kernels, x, gates, strength, shortcut)
         ctx.kernels, ctx.gates = kernels, gates
         # zeros for the moments would be made, and not be read
         ctx.set_materialize_grads(False)
-        running = gates.running(moments)
+        running = (None, None) if gates.spatial is None else gates.running(moments)
         ctx.save_for_backward(x, strength, shortcut, y if shortcut is not None else None, *tensors, *running, *kept)
         if moments is not None:
             ctx.mark_non_differentiable(moments)
@@ -239,7 +241,7 @@ class Gating(torch.autograd.Function):
         if shortcut is not None:
             dy = _aten.threshold_backward(dy, y, 0)
         dx, dstrength, dtensors = backward(
-            ctx.kernels(x), x, dy, gates.of(tensors + running), strength, kept, ctx.needs_input_grad[0]
+            ctx.kernels, x, dy, gates.of(tensors + running), strength, kept, ctx.needs_input_grad[0]
         )
         return (
             dx,
@@ -258,7 +260,7 @@ class NormGating(torch.autograd.Function):
     def forward(
         ctx: Any, u: Tensor, strength: Maybe, kernels: type[Kernels], gates: Gates, norm: Norm, *tensors: Maybe
     ) -> tuple[Tensor, Maybe, Tensor]:
-        y, moments, kept, normed = forward(kernels(u), u, gates, strength, None, norm)
+        y, moments, kept, normed = forward(kernels, u, gates, strength, None, norm)
         assert normed is not None  # noqa: S101
         ctx.kernels, ctx.gates, ctx.norm = kernels, gates, norm
         ctx.set_materialize_grads(False)
@@ -286,7 +288,7 @@ class NormGating(torch.autograd.Function):
         needs_map = ctx.needs_input_grad[0]
         normed = Normed(*kept[:3])
         du, dstrength, dtensors = backward(
-            ctx.kernels(u),
+            ctx.kernels,
             u,
             like(dy, u),
             gates.of(tensors + running),

@@ -191,13 +191,15 @@ class Kernels(Protocol):
     def follows(norm: Norm | Window | None) -> bool:
         """Whether the running mean and variance of a norm in training have followed when a forward pass is done."""
 
+    @classmethod
     def at_once(
-        self, x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe, norm: Norm | None
+        cls, x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe, norm: Norm | None
     ) -> tuple[Tensor, Maybe, Kept, Normed | None] | None:
         """What `fused.forward` returns; None from `Steps` that are better taken one by one."""
 
+    @classmethod
     def grad_at_once(
-        self,
+        cls,
         x: Tensor,
         dy: Tensor,
         gates: Gates,

@@ -40,11 +40,10 @@ def gated(
     tensors = (first, first_bias, second, second_bias, weight, norm_weight, norm_bias)
     gates = _gates(tensors, (mean, var), pools, activation, gate, training, eps, parallel)
     x = fused.dense(x)
-    kernels = cpu.Kernels(x)
     with torch.no_grad():
-        y, moments, kept, _ = fused.forward(kernels, x, gates, strength, shortcut)
+        y, moments, kept, _ = fused.forward(cpu.Kernels, x, gates, strength, shortcut)
     # what lies in one piece of memory, operators may not return
-    return [y, _present(moments), *(_present(one).clone() for one in kernels.apart(kept, gates))]
+    return [y, _present(moments), *(_present(one).clone() for one in cpu.Kernels(x).apart(kept, gates))]
 
 
 @gated.register_fake
@@ -91,7 +90,7 @@ def gated_backward(
         dy = torch.ops.aten.threshold_backward(dy, fused.like(y, x), 0)
     found = Kept(*(one if one.numel() else None for one in kept))
     with torch.no_grad():
-        dx, dstrength, grads = fused.backward(cpu.Kernels(x), x, dy, gates, strength, found, needs_map)
+        dx, dstrength, grads = fused.backward(cpu.Kernels, x, dy, gates, strength, found, needs_map)
     every = [dx, dy if y is not None else None, dstrength if strength is not None else None, *grads]
     wanted = (x, x, strength, *tensors)
     return [

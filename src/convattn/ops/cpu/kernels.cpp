@@ -10,13 +10,17 @@
 // The maximum shares its gradient between equal values, as torch.amax does. Where a maximum is, its place and the
 // number of places, is found in the backward pass, which reads the map anyway; only where there are several is the map
 // read once more.
+#include <Python.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -234,12 +238,27 @@ EXPORT void convattn_grad_mlp(int64_t b, int64_t c, MLP, const float* pooled, co
     PATH(GRAD_OF_MLP)
 }
 
-// All of a forward pass in one call, which takes a small map less time than six: a channel gate where there is `channel`,
-// a spatial gate where there is `spatial`, and what is kept of both.
+// What a forward pass keeps for the backward pass, in one piece: see gates.Kept.
+struct Kept {
+    float *pooled, *first, *hidden, *logits, *channel, *summary, *window, *spatial;
+    Kept(float* at, int64_t b, int64_t c, int64_t n, int64_t pools, int64_t width, bool has_window) {
+        auto next = [&at](int64_t size) { float* here = size ? at : nullptr; at += size; return here; };
+        const int64_t gate = pools ? b * c : 0, plane = has_window ? b * n : 0;
+        pooled = next(pools * gate), first = next(pools * b * width), hidden = next(pools ? b * width : 0);
+        logits = next(gate), channel = next(gate), summary = next(2 * plane), window = next(plane), spatial = next(plane);
+    }
+};
+#define KEPT \
+    const Kept to(kept, b, c, n, pools, width, weight != nullptr); \
+    float *pooled = to.pooled, *first = to.first, *hidden = to.hidden, *logits = to.logits, *channel = to.channel; \
+    float *summary = to.summary, *window = to.window, *spatial = to.spatial;
+
+// All of a forward pass in one call, which takes a small map less time than six: a channel gate where there are `pools`, a
+// spatial gate where there is `weight`, and what is kept of both.
 #define DEFINE_GATED(type, suffix) \
     EXPORT void convattn_gated_##suffix(SHAPE, const type* x, const type* shortcut, type* y, const float* strength, int parallel, \
-                                        MLP, float* pooled, float* first, float* hidden, float* logits, float* channel, WINDOW, \
-                                        float* summary, float* window, float* spatial) { \
+                                        MLP, WINDOW, float* kept) { \
+        KEPT \
         PATH(if (channel) { \
                  pool<type>(MAP, x, pooled, pools > 1 ? pooled + b * c : nullptr); \
                  GATE_OF_MLP \
@@ -257,11 +276,10 @@ BOTH(DEFINE_GATED)
 // takes one pass more.
 #define DEFINE_GRAD_GATED(type, suffix) \
     EXPORT void convattn_grad_gated_##suffix(SHAPE, const type* x, const type* dy, type* dx, const float* strength, float* dstrength, \
-                                             MLP, const float* pooled, const float* first, const float* hidden, \
-                                             const float* logits, const float* channel, float* done, float* done_bias, \
-                                             float* dtwo, float* dtwo_bias, WINDOW, const float* summary, const float* window, \
-                                             const float* spatial, float* dweight, float* dnorm_weight, float* dnorm_bias) { \
+                                             MLP, WINDOW, float* kept, float* done, float* done_bias, float* dtwo, \
+                                             float* dtwo_bias, float* dweight, float* dnorm_weight, float* dnorm_bias) { \
         (void)one_bias, (void)two_bias; \
+        KEPT \
         float sums[3] = {0, 0, 0}; \
         PATH(const Piece<float> dchannel(channel ? b * c : 0), dpooled(channel ? pools * b * c : 0); \
              const Piece<float> dspatial(spatial ? b * n : 0), dsummary(spatial ? 2 * b * n : 0); \
@@ -290,3 +308,5 @@ BOTH(DEFINE_GATED)
 BOTH(DEFINE_GRAD_GATED)
 
 }  // extern "C"
+
+#include "module.h"

@@ -56,10 +56,12 @@ class Kernels:
         running = (norm.mean, norm.var, norm.tracked)
         return all(type(one) is Tensor and one.is_contiguous() and not one.is_inference() for one in running)
 
+    @classmethod
     def at_once(
-        self, x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe, norm: Norm | None
+        cls, x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe, norm: Norm | None
     ) -> tuple[Tensor, Maybe, Kept, Normed | None]:
         """See `gates.Kernels`."""
+        self = cls(x)
         window = gates.spatial
         tensors = {"x": x, "shortcut": shortcut, "strength": strength} | _tensors(gates, norm)
         moments = of_norm = None
@@ -84,8 +86,9 @@ class Kernels:
             torch.autograd.graph.increment_version(followed)
         return y, moments, Kept(together=kept), None if of_norm is None else Normed(None, of_norm, None)
 
+    @classmethod
     def grad_at_once(
-        self,
+        cls,
         x: Tensor,
         dy: Tensor,
         gates: Gates,
@@ -107,6 +110,7 @@ class Kernels:
             grads["grad_strength"] = torch.empty_like(strength)
         dx = torch.empty_like(x) if needs_map else None
         tensors = {"x": x, "dy": dy, "strength": strength, "dx": dx} | given | grads
+        self = cls(x)
         self._run(self.plans.backward, tensors, gates, norm, kept.together)
         return dx, grads.get("grad_strength"), tuple([grads.get(f"grad_{name}") for name in given])
 
