@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from convattn import ops
 from convattn.errors import AttachError
@@ -60,7 +61,7 @@ class Attached(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output, gated."""
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if not is_scripting():
             y = self.convattn_normed(x)
             if y is not None:
                 return y

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Proxy
+from torch.jit import is_scripting, is_tracing  # type: ignore[attr-defined]
 
 from convattn import checks, ops
 
-_is_tracing = torch.jit.is_tracing  # type: ignore[attr-defined]
 STARTS = ("paper", "identity")
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -32,8 +32,8 @@ class OnMaps(nn.Module):
 
     def check(self, x: torch.Tensor) -> None:
         """Raise `ShapeMismatch` unless `x` is a map that this module takes."""
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            if isinstance(x, Proxy) or _is_tracing():  # type: ignore[no-untyped-call]
+        if not is_scripting():
+            if isinstance(x, Proxy) or is_tracing():  # type: ignore[no-untyped-call]
                 # a symbolic trace knows no shapes, and the other kind would warn of every one that is looked at
                 return
             if x.dim() != self.dimensions + 2 or x.shape[1] != self.channels or 0 in x.shape[1:]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from convattn import checks, ops
 from convattn.errors import InvalidOption, ShapeMismatch
@@ -108,7 +109,7 @@ class ChannelAttention(Gate):
     def of_pools(self, pooled: list[torch.Tensor]) -> torch.Tensor:
         """The gate (B, C) from poolings of the map, each (B, C)."""
         hidden = self.activation(self.fc1(torch.stack(pooled)))  # [pools, B, hidden]
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if not is_scripting():
             if type(self.fc2) is nn.Linear:
                 # the sum of what a linear layer makes of two is what it makes of their sum, but for the bias
                 logits = self.fc2(hidden.sum(0))
@@ -122,7 +123,7 @@ class ChannelAttention(Gate):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The gated map, of the shape, dtype and memory format of `x`."""
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if not is_scripting():
             self.check(x)
             mlp = self.mlp()
             return ops.gated(
@@ -209,7 +210,7 @@ class SpatialAttention(Gate):
 
     def check_positions(self, x: torch.Tensor) -> None:
         """Raise `ShapeMismatch` where batch norm would be trained on a single position, which has no variance."""
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if not is_scripting():
             # a symbolic trace knows no shapes
             norm = held(self, "norm")
             if norm is None or not norm.training or isinstance(x, torch.fx.Proxy):
@@ -244,7 +245,7 @@ class SpatialAttention(Gate):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The gated map, of the shape, dtype and memory format of `x`."""
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if not is_scripting():
             self.check(x)
             self.check_positions(x)
             return self.gated(x, held(self, "strength"))
@@ -366,7 +367,7 @@ class CBAM(Gate):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The gated map, of the shape, dtype and memory format of `x`."""
         self.check(x)
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if not is_scripting():
             channel, spatial = held(self, "channel"), held(self, "spatial")
             # whoever put another module there has its gate used
             if type(channel) is ChannelAttention and type(spatial) is SpatialAttention:

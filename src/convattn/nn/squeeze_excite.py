@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from convattn import checks, ops
 from convattn.nn.base import ACTIVATIONS, GATE_ACTIVATIONS, Gate, described, held, hidden_width
@@ -75,7 +76,7 @@ class SqueezeExcite(Gate):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The gated map, of the shape, dtype and memory format of `x`."""
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if not is_scripting():
             self.check(x)
             mlp = self.mlp()
             return ops.gated(

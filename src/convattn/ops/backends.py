@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from convattn.errors import BackendUnavailable, InvalidOption
 from convattn.ops import cpu, cuda, fused, operators, reference
@@ -172,7 +173,7 @@ def follow(
 
 def mean_max(x: torch.Tensor) -> torch.Tensor:
     """Pool a map (B, C, *spatial) to (B, 2C): the means, then the maxima."""
-    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+    if not is_scripting():
         return _mean_max(x)
     return reference.mean_max(x)
 

@@ -32,6 +32,8 @@ from convattn.ops.between import gate_of, wide
 from convattn.ops.gates import Gates, Kept, Kernels, Maybe, Norm, Normed, Steps, Tensor, is_last
 
 _aten = torch.ops.aten
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def forward(
@@ -359,10 +361,7 @@ def like(given: Tensor, x: Tensor) -> Tensor:
 
 def differentiated(given: Tensor) -> bool:
     """Whether a backward pass of this gradient is to be differentiated itself, or is one of many at once."""
-    if torch.is_grad_enabled():
-        return True
-    functorch = torch._C._functorch
-    return functorch.is_legacy_batchedtensor(given) or functorch.is_functorch_wrapped_tensor(given)
+    return torch.is_grad_enabled() or _is_batched(given) or _is_wrapped(given)
 
 
 def gradients(function: Callable[..., list[Tensor]], inputs: list[Maybe], given: list[Maybe]) -> list[Maybe]:
