@@ -1,5 +1,6 @@
 """The kernels of `kernels.cpp` as `fused` asks for them."""
 
+import functools
 import math
 from typing import Any
 
@@ -7,14 +8,14 @@ import torch
 
 from convattn.ops import between
 from convattn.ops.cpu import library
-from convattn.ops.cpu.library import FEW_PRODUCTS, SUFFIXES, threads_for
+from convattn.ops.cpu.library import FEW, FEW_PRODUCTS, SUFFIXES
 from convattn.ops.gates import Gates, Kept, Mlp, Norm, Normed, Window, shapes_kept
 
 Tensor = torch.Tensor
 Maybe = Any
-# what a pass is given in place of an MLP or a window that is not there
-_NO_MLP = (0, 0, 1, None, None, None, None)
-_NO_WINDOW = (0, 0, 0, 0, 1, False, 0.0, None, None, None, None, None)
+# given in place of the weights of an MLP and of a window that are not there
+_NO_WEIGHTS = (None, None, None, None)
+_NO_NORM = (False, 0.0, None, None, None, None, None)
 
 
 def why_not_for(x: Tensor) -> str | None:
@@ -57,8 +58,8 @@ class Kernels:
     def __init__(self, x: Tensor) -> None:
         self.batch, self.channels = x.shape[:2]
         self.positions = x.shape[2:]
-        self.dtype = x.dtype
-        self.shape = _shape(x)
+        self.x, self.dtype = x, x.dtype
+        self.shape = _sizes(x.shape, not x.is_contiguous(), torch.get_num_threads(), None, None)[0]
         # where a norm rides along, its four numbers for each channel
         self.norm: Maybe = None
 
@@ -101,16 +102,16 @@ class Kernels:
         cls, x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe, norm: Norm | None
     ) -> tuple[Tensor, Maybe, Kept, None] | None:
         """See `gates.Kernels`."""
-        window = gates.spatial
-        moments = None if window is None else _moments(window)
-        given = None if norm is not None else _given(x, gates, moments)
-        if given is None:
+        if norm is not None:
             return None
-        shape, of_gates, size = given
+        moments = None if gates.spatial is None else _moments(gates.spatial)
+        shape, of_mlp, of_window, size = _given(x, gates, moments)
+        if size is None:
+            return None
         y, kept = torch.empty_like(x), torch.empty(size)
         if strength is not None:
             strength = _small(strength)
-        library.FUNCTIONS["gated", x.dtype](*shape, x, shortcut, y, strength, gates.parallel, *of_gates, kept)
+        library.FUNCTIONS["gated", x.dtype](*shape, x, shortcut, y, strength, gates.parallel, *of_mlp, *of_window, kept)
         return y, moments, Kept(together=kept), None
 
     @classmethod
@@ -127,11 +128,11 @@ class Kernels:
     ) -> tuple[Maybe, Maybe, tuple[Maybe, ...]] | None:
         """See `gates.Kernels`."""
         mlp, window, parallel = gates
-        aside = parallel and mlp is not None and window is not None
-        given = None if aside or norm is not None else _given(x, gates, None)
-        if given is None:
+        if norm is not None or (parallel and mlp is not None and window is not None):
             return None
-        shape, of_gates, _ = given
+        shape, of_mlp, of_window, size = _given(x, gates, None)
+        if size is None:
+            return None
         by_mlp: tuple[Maybe, ...] = (None,) * 4
         by_window: tuple[Maybe, ...] = (None,) * 3
         if mlp is not None:
@@ -147,7 +148,7 @@ class Kernels:
         if together is None:
             together = torch.cat([one.flatten() for one in kept if one is not None])
         maps = (x, dy, dx, strength, dstrength)
-        library.FUNCTIONS["grad_gated", x.dtype](*shape, *maps, *of_gates, together, *by_mlp, *by_window)
+        library.FUNCTIONS["grad_gated", x.dtype](*shape, *maps, *of_mlp, *of_window, together, *by_mlp, *by_window)
         return dx, dstrength, (*by_mlp, *by_window)
 
     def apart(self, kept: Kept, gates: Gates) -> Kept:
@@ -167,7 +168,7 @@ class Kernels:
 
     def mlp(self, mlp: Mlp, pooled: Tensor) -> tuple[Tensor, Kept]:
         """The channel gate (B, C) of poolings, and what is kept."""
-        given = _mlp(mlp, self.batch, self.channels)
+        _, given, _, _ = _given(self.x, Gates(mlp, None), None)
         if given is None:
             return between.mlp(mlp, pooled)
         pools, width = given[:2]
@@ -179,7 +180,7 @@ class Kernels:
 
     def grad_mlp(self, mlp: Mlp, kept: Kept, dgate: Tensor) -> tuple[Tensor, tuple[Maybe, ...]]:
         """Gradients of the poolings, and of the weights and biases."""
-        given = _mlp(mlp, self.batch, self.channels)
+        _, given, _, _ = _given(self.x, Gates(mlp, None), None)
         if given is None:
             return between.grad_mlp(mlp, kept, dgate)
         dpooled = torch.empty_like(kept.pooled)
@@ -239,10 +240,10 @@ class Kernels:
 
     def window(self, planes: Tensor, window: Window, strength: Maybe) -> tuple[Tensor, Tensor, Maybe]:
         """The spatial gate, the logits behind the convolution, and their moments in training."""
-        if len(self.positions) > 2:
-            return between.window(planes, window, strength)
         moments = _moments(window)
-        given = _window(window, self.batch, self.positions, moments)
+        _, _, given, _ = _given(self.x, Gates(None, window), moments)
+        if given is None:
+            return between.window(planes, window, strength)
         logits, gate = torch.empty(planes.shape[1:]), torch.empty(planes.shape[1:])
         library.FUNCTIONS["window", torch.float32](self.batch, *given, _small(strength), planes, logits, gate)
         return gate, logits, moments
@@ -251,9 +252,9 @@ class Kernels:
         self, planes: Tensor, window: Window, strength: Maybe, kept: Kept, dgate: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the planes, of the weight, and of norm weight, norm bias and strength together (3)."""
-        if len(self.positions) > 2:
+        _, _, given, _ = _given(self.x, Gates(None, window), None)
+        if given is None:
             return between.grad_window(planes, window, strength, kept, dgate)
-        given = _window(window, self.batch, self.positions, None)
         dplanes, dweight, sums = torch.empty_like(planes), torch.empty(window.weight.shape), torch.empty(3)
         maps = (_small(strength), planes, kept.window, dgate, sums, dplanes, dweight)
         library.FUNCTIONS["grad_window", torch.float32](self.batch, *given, *maps)
@@ -263,59 +264,72 @@ class Kernels:
         library.FUNCTIONS[name, self.dtype](*self.shape, *arguments)
 
 
-def _shape(x: Tensor) -> tuple[int, int, int, bool, int]:
-    """Batch, channels, positions, whether the channels lie last, and threads."""
-    batch, channels = x.shape[:2]
-    elements = x.numel()
-    return batch, channels, elements // (batch * channels), not x.is_contiguous(), threads_for(elements)
+def _given(x: Tensor, gates: Gates, moments: Maybe) -> tuple[Maybe, Maybe, Maybe, Maybe]:
+    """What the kernels take of a map's shape, of an MLP and of a window, and how many numbers a whole pass keeps.
 
-
-def _given(x: Tensor, gates: Gates, moments: Maybe) -> tuple[Maybe, ...] | None:
-    """What a whole pass takes, of the shape and of both gates, and how many numbers it keeps; None for single steps."""
+    None for an MLP or a window that they do not compute, and for a pass that they do not compute at once. Mean and
+    variance of a norm are written where `moments` are.
+    """
     mlp, window, _ = gates
-    of_mlp: tuple[Maybe, ...] = _NO_MLP
-    of_window: tuple[Maybe, ...] = _NO_WINDOW
-    shape = _shape(x)
-    batch, channels, count, _, _ = shape
-    size = 0
+    known = sides = None
+    weights: Maybe = _NO_WEIGHTS
+    norm: Maybe = _NO_NORM
+    ready = True
     if mlp is not None:
-        found = _mlp(mlp, batch, channels)
-        if found is None or "mean" not in mlp.pools:
-            return None
-        of_mlp = found
-        pools, width = of_mlp[:2]
-        size = batch * (channels * (pools + 2) + width * (pools + 1))
+        pools, activation, gate, *weights = mlp
+        known = (pools, activation, gate, weights[0].shape[0])
+        for one in weights:
+            if one is not None and not (one.dtype is torch.float32 and one.is_contiguous()):
+                ready = False
     if window is not None:
-        if x.dim() > 4:
-            return None
-        of_window = _window(window, batch, x.shape[2:], moments)
+        sides = window.weight.shape
+        norm = window.training, window.eps, *map(_small, window[:5])
+        if moments is not None:
+            norm = *norm[:5], moments, moments.data_ptr() + 4
+    shape, of_mlp, of_window, size = _sizes(x.shape, not x.is_contiguous(), torch.get_num_threads(), known, sides)
+    return (
+        shape,
+        (*of_mlp, *weights) if of_mlp and ready else None,
+        (*of_window, *norm) if of_window else None,
+        size if ready else None,
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _sizes(
+    shape: torch.Size,
+    last: bool,
+    threads: int,
+    mlp: tuple[tuple[str, ...], str, str, int] | None,
+    window: torch.Size | None,
+) -> tuple[Maybe, Maybe, Maybe, int | None]:
+    """The numbers in that, of an MLP of (pools, activation, gate, hidden width) and the weight of a window."""
+    batch, channels, *positions = shape
+    count = math.prod(positions)
+    of_mlp: Maybe = (0, 0, 1)
+    of_window: Maybe = (0, 0, 0, 0, 1)
+    size, whole = 0, True
+
+    def threads_for(work: int) -> int:
+        return 1 if work < FEW else threads
+
+    if mlp is not None:
+        pools, activation, gate, width = mlp
+        products = width * len(pools) * batch * channels
+        of_mlp = (len(pools), width, threads_for(products))
+        size += batch * (channels * (len(pools) + 2) + width * (len(pools) + 1))
+        whole = "mean" in pools
+        if products > FEW_PRODUCTS or activation != "relu" or gate != "sigmoid":
+            of_mlp = None
+    if window is not None:
+        # a sequence is a plane of one row
+        rows, of_rows = (1,) * (2 - len(positions)), (1,) * (4 - len(window))
+        of_window = (*rows, *positions, *of_rows, *window[2:], threads_for(batch * count * math.prod(window) // 16))
         size += 4 * batch * count
-    return shape, (*of_mlp, *of_window), size
-
-
-def _mlp(mlp: Mlp, batch: int, channels: int) -> tuple[Maybe, ...] | None:
-    """Pools, hidden width, threads, weights and biases of an MLP that is computed here; None where it is not."""
-    pools, activation, gate, *weights = mlp
-    width = weights[0].shape[0]
-    products = width * len(pools) * batch * channels
-    if products > FEW_PRODUCTS or activation != "relu" or gate != "sigmoid":
-        return None
-    for one in weights:
-        if one is not None and not (one.dtype is torch.float32 and one.is_contiguous()):
-            return None
-    return len(pools), width, threads_for(products), *weights
-
-
-def _window(window: Window, batch: int, positions: Any, moments: Maybe) -> tuple[Maybe, ...]:
-    """Sizes and threads of a window, its weights and its norm; mean and variance are written where `moments` are."""
-    shape = window.weight.shape[2:]
-    small = [_small(one) for one in window[:5]]
-    if moments is not None:
-        small[3:] = moments, moments.data_ptr() + 4
-    # a sequence is a plane of one row
-    plane = (*positions, *shape) if len(shape) == 2 else (1, *positions, 1, *shape)
-    threads = threads_for(batch * plane[0] * plane[1] * window.weight.numel() // 16)
-    return (*plane, threads, window.training, window.eps, *small)
+        if len(positions) > 2:
+            of_window = None
+    shape_ = (batch, channels, count, last, threads_for(batch * channels * count))
+    return shape_, of_mlp, of_window, size if whole and of_mlp and of_window else None
 
 
 def _moments(window: Window) -> Maybe:

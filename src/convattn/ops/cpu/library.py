@@ -104,8 +104,3 @@ def loaded() -> Library:
 def why_not() -> str | None:
     """Why there is no library; None where there is one."""
     return WHY_NOT
-
-
-def threads_for(elements: int) -> int:
-    """As many threads as PyTorch would take, and a single one for little work."""
-    return 1 if elements < FEW else torch.get_num_threads()
