@@ -303,7 +303,7 @@ def _sizes(
     mlp: tuple[tuple[str, ...], str, str, int] | None,
     window: torch.Size | None,
 ) -> tuple[Maybe, Maybe, Maybe, int | None]:
-    """The numbers in that, of an MLP of (pools, activation, gate, hidden width) and the weight of a window."""
+    """What of that depends on sizes alone: an MLP is (pools, activation, gate, hidden width), a window its weight's."""
     batch, channels, *positions = shape
     count = math.prod(positions)
     of_mlp: Maybe = (0, 0, 1)
@@ -328,8 +328,8 @@ def _sizes(
         size += 4 * batch * count
         if len(positions) > 2:
             of_window = None
-    shape_ = (batch, channels, count, last, threads_for(batch * channels * count))
-    return shape_, of_mlp, of_window, size if whole and of_mlp and of_window else None
+    of_map = (batch, channels, count, last, threads_for(batch * channels * count))
+    return of_map, of_mlp, of_window, size if whole and of_mlp and of_window else None
 
 
 def _moments(window: Window) -> Maybe:
