@@ -416,6 +416,16 @@ def test_what_the_kernels_are_called_with() -> None:
     assert (mean.item(), var.item(), tracked.item()) == (1.5, 5.5, 1)
 
 
+def test_a_weight_that_is_no_parameter(only_fused: None) -> None:
+    module = built("se", 4)
+    x = torch.randn(2, 4, 5, 5)
+    expected = module(x)
+    weight = module.fc1.weight.detach()
+    del module.fc1.weight
+    module.fc1.weight = weight
+    assert_close(module(x), expected)
+
+
 def test_without_the_library_it_is_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "LOADED", None)
     monkeypatch.setattr(library, "WHY_NOT", "it was not compiled")

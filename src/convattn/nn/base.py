@@ -171,9 +171,7 @@ def held(layer: nn.Module, name: str) -> Any:
     return getattr(layer, name)
 
 
-def described(
-    pools: tuple[str, ...], first: Any, activation: Any, second: Any, gate: str | nn.Module
-) -> ops.Mlp | None:
+def described(pools: tuple[str, ...], first: Any, activation: Any, second: Any, gate: Any) -> ops.Mlp | None:
     """An MLP as the fused operators take it; None where they have none like it."""
     between = _NAMES.get(type(activation))
     behind = gate if isinstance(gate, str) else _GATE_NAMES.get(type(gate)) if plain(gate) else None
@@ -183,9 +181,13 @@ def described(
         return None
     if between == "gelu" and activation.approximate != "none":
         return None
-    return ops.Mlp(
-        pools, between, behind, held(first, "weight"), held(first, "bias"), held(second, "weight"), held(second, "bias")
-    )
+    one: Any = first._parameters
+    two: Any = second._parameters
+    try:
+        return ops.Mlp(pools, between, behind, one["weight"], one["bias"], two["weight"], two["bias"])
+    except KeyError:
+        # one is computed of another parameter
+        return ops.Mlp(pools, between, behind, first.weight, first.bias, second.weight, second.bias)
 
 
 _NORMS = frozenset((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
