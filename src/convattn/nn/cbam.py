@@ -410,13 +410,14 @@ class CBAM(Gate):
     @torch.jit.unused
     def fused(self) -> ops.Gates | None:
         """All of `forward` as the fused operators take it behind a norm; None where they cannot."""
-        known = type(self) is CBAM and type(self.channel) is ChannelAttention and type(self.spatial) is SpatialAttention
+        channel, spatial = held(self, "channel"), held(self, "spatial")
+        known = type(self) is CBAM and type(channel) is ChannelAttention and type(spatial) is SpatialAttention
         if not known or self.order != "channel-spatial":
             return None
-        mlp, window = self.channel.mlp(), self.spatial.window()
+        mlp, window = channel.mlp(), spatial.window()
         return None if mlp is None or window is None else ops.Gates(mlp, window)
 
     @torch.jit.unused
     def track(self, moments: torch.Tensor | None, count: int) -> None:
         """Let the norm's running mean and variance follow those of so many logits, where it is trained."""
-        self.spatial.track(moments, count)
+        held(self, "spatial").track(moments, count)

@@ -53,8 +53,10 @@ class Kernels:
         """See `gates.Kernels`."""
         if norm is None or norm.mean is None or norm.tracked is None or norm.momentum is None or not norm.training:
             return False
-        running = (norm.mean, norm.var, norm.tracked)
-        return all(type(one) is Tensor and one.is_contiguous() and not one.is_inference() for one in running)
+        for one in (norm.mean, norm.var, norm.tracked):
+            if type(one) is not Tensor or not one.is_contiguous() or one.is_inference():
+                return False
+        return True
 
     @classmethod
     def at_once(
