@@ -11,7 +11,7 @@ def said() -> dict[str, str]:
     return {name.strip(): words for name, words in doctor.status()}
 
 
-@pytest.mark.skipif(library.why_not() is not None, reason="no fused operators")
+@pytest.mark.skipif(library.WHY_NOT is not None, reason="no fused operators")
 def test_what_serves_what() -> None:
     found = said()
     assert found["cpu"].startswith(("fused operators, AVX2: ", "fused operators, portable: "))

@@ -18,7 +18,7 @@ from convattn.ops.cpu import library
 from gradients_by_name import check, gradients
 from tolerances import assert_close
 
-pytestmark = pytest.mark.skipif(library.why_not() is not None, reason=f"no fused operators: {library.why_not()}")
+pytestmark = pytest.mark.skipif(library.WHY_NOT is not None, reason=f"no fused operators: {library.WHY_NOT}")
 
 BUILDS: dict[str, Callable[[int, int], Gate]] = {
     "se": lambda c, d: SqueezeExcite(c, reduction=2, dimensions=d),
@@ -123,7 +123,7 @@ def test_large_and_narrow_shapes(shape: tuple[int, ...], last: bool, served: lis
 @pytest.mark.parametrize("avx2", [False, True])
 @pytest.mark.parametrize("last", [False, True])
 def test_every_path_with_any_number_of_threads(threads: int, avx2: bool, last: bool, served: list[str]) -> None:
-    loaded = library.loaded()
+    loaded = library.LOADED
     before = loaded.instructions
     torch.set_num_threads(threads)
     try:

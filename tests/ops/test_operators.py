@@ -14,7 +14,7 @@ from convattn.ops.cpu import library
 from convattn.ops.gates import Gates
 from tolerances import assert_close
 
-pytestmark = pytest.mark.skipif(library.why_not() is not None, reason=f"no fused operators: {library.why_not()}")
+pytestmark = pytest.mark.skipif(library.WHY_NOT is not None, reason=f"no fused operators: {library.WHY_NOT}")
 
 BUILDS: dict[str, Callable[[], nn.Module]] = {
     "cbam": lambda: CBAM(6, reduction=2),

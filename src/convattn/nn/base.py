@@ -36,8 +36,7 @@ class OnMaps(nn.Module):
             if isinstance(x, Proxy) or is_tracing():  # type: ignore[no-untyped-call]
                 # a symbolic trace knows no shapes, and the other kind would warn of every one that is looked at
                 return
-            if x.dim() != self.dimensions + 2 or x.shape[1] != self.channels or 0 in x.shape[1:]:
-                checks.feature_map(type(self).__name__, x, self.channels, self.dimensions)
+            checks.feature_map(type(self).__name__, x, self.channels, self.dimensions)
 
 
 class Gate(OnMaps):
@@ -171,7 +170,9 @@ def held(layer: nn.Module, name: str) -> Any:
     return getattr(layer, name)
 
 
-def described(pools: tuple[str, ...], first: Any, activation: Any, second: Any, gate: Any) -> ops.Mlp | None:
+def described(
+    pools: tuple[str, ...], first: Any, activation: Any, second: Any, gate: str | nn.Module
+) -> ops.Mlp | None:
     """An MLP as the fused operators take it; None where they have none like it."""
     between = _NAMES.get(type(activation))
     behind = gate if isinstance(gate, str) else _GATE_NAMES.get(type(gate)) if plain(gate) else None
@@ -181,13 +182,9 @@ def described(pools: tuple[str, ...], first: Any, activation: Any, second: Any, 
         return None
     if between == "gelu" and activation.approximate != "none":
         return None
-    one: Any = first._parameters
-    two: Any = second._parameters
-    try:
-        return ops.Mlp(pools, between, behind, one["weight"], one["bias"], two["weight"], two["bias"])
-    except KeyError:
-        # one is computed of another parameter
-        return ops.Mlp(pools, between, behind, first.weight, first.bias, second.weight, second.bias)
+    return ops.Mlp(
+        pools, between, behind, held(first, "weight"), held(first, "bias"), held(second, "weight"), held(second, "bias")
+    )
 
 
 _NORMS = frozenset((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))

@@ -119,8 +119,7 @@ class ChannelAttention(Gate):
 
     def mlp(self) -> ops.Mlp | None:
         """The same as the fused operators take it; None where they have none like it."""
-        layers = self._modules
-        return described(self.pools, layers["fc1"], layers["activation"], layers["fc2"], "sigmoid")
+        return described(self.pools, held(self, "fc1"), held(self, "activation"), held(self, "fc2"), "sigmoid")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The gated map, of the shape, dtype and memory format of `x`."""

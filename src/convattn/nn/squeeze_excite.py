@@ -92,8 +92,9 @@ class SqueezeExcite(Gate):
     @torch.jit.unused
     def mlp(self) -> ops.Mlp | None:
         """The same as the fused operators take it; None where they have none like it."""
-        layers = self._modules
-        return described(("mean",), layers["fc1"], layers["activation"], layers["fc2"], layers["gate_activation"])
+        return described(
+            ("mean",), held(self, "fc1"), held(self, "activation"), held(self, "fc2"), held(self, "gate_activation")
+        )
 
     @torch.jit.unused
     def fused(self) -> ops.Gates | None:

@@ -34,7 +34,7 @@ def status() -> list[tuple[str, str]]:
 def _cpu() -> str:
     found = library.LOADED
     if found is None:
-        return f"fused operators are not used: {library.why_not()}"
+        return f"fused operators are not used: {library.WHY_NOT}"
     return f"fused operators, {found.instructions}: {found.path}"
 
 

@@ -174,15 +174,13 @@ def gated(
     kernels: type[Kernels], x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe = None
 ) -> tuple[Tensor, Maybe]:
     """The gated map, and in training mean and variance of the logits where the norm's running ones are to follow."""
-    if not x.is_contiguous():
-        x = dense(x)
-    if shortcut is not None:
-        shortcut = like(shortcut, x)
+    x = dense(x)
+    shortcut = None if shortcut is None else like(shortcut, x)
     if torch.is_grad_enabled():
         y, moments = Gating.apply(x, strength, shortcut, kernels, gates, *gates.tensors())
     else:
         y, moments, _, _ = forward(kernels, x, gates, strength, shortcut)
-    return y, None if moments is None or kernels.follows(gates.spatial) else moments
+    return y, None if kernels.follows(gates.spatial) else moments
 
 
 def normed(kernels: type[Kernels], u: Tensor, norm: Norm, gates: Gates, strength: Maybe) -> tuple[Tensor, Maybe, Maybe]:
@@ -219,7 +217,7 @@ class Gating(torch.autograd.Function):
         ctx.kernels, ctx.gates = kernels, gates
         # zeros for the moments would be made, and not be read
         ctx.set_materialize_grads(False)
-        running = (None, None) if gates.spatial is None else gates.running(moments)
+        running = gates.running(moments)
         ctx.save_for_backward(x, strength, shortcut, y if shortcut is not None else None, *tensors, *running, *kept)
         if moments is not None:
             ctx.mark_non_differentiable(moments)

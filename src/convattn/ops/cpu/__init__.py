@@ -8,7 +8,7 @@ import torch
 
 from convattn.ops import between
 from convattn.ops.cpu import library
-from convattn.ops.cpu.library import FEW, FEW_PRODUCTS, SUFFIXES
+from convattn.ops.cpu.library import DTYPES, FEW, FEW_PRODUCTS
 from convattn.ops.gates import Gates, Kept, Mlp, Norm, Normed, Window, shapes_kept
 
 Tensor = torch.Tensor
@@ -24,7 +24,7 @@ def why_not_for(x: Tensor) -> str | None:
         return library.WHY_NOT
     if not x.is_cpu:
         return f"it is for maps on the CPU, not on {x.device.type}"
-    if x.dtype not in SUFFIXES:
+    if x.dtype not in DTYPES.values():
         return f"it is for float32 and bfloat16, not for {str(x.dtype).removeprefix('torch.')}"
     elements = x.numel()
     if elements == 0:
@@ -279,8 +279,7 @@ def _given(x: Tensor, gates: Gates, moments: Maybe) -> tuple[Maybe, Maybe, Maybe
         pools, activation, gate, *weights = mlp
         known = (pools, activation, gate, weights[0].shape[0])
         for one in weights:
-            if one is not None and not (one.dtype is torch.float32 and one.is_contiguous()):
-                ready = False
+            ready = ready and (one is None or _ready(one))
     if window is not None:
         sides = window.weight.shape
         norm = window.training, window.eps, *map(_small, window[:5])

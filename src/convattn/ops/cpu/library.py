@@ -6,25 +6,14 @@ import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
 
 MODULE = "convattn.ops.cpu._kernels"
-# those on maps, by dtype, and those on small maps
-ON_MAPS = (
-    "pool",
-    "statistics",
-    "summarise",
-    "apply",
-    "grad_gates",
-    "grad_summary",
-    "grad_input",
-    "gated",
-    "grad_gated",
-)
-ON_SMALL = ("normalise", "follow", "window", "grad_window", "mlp", "grad_mlp")
-SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+# what the names of those on maps end with; the others are on small maps, in float32
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 # below so many elements a second thread costs more than it saves
 FEW = 1 << 15
 # and up to so many multiply-adds an MLP takes less time than matrix products of PyTorch: batch 32 of 2048 channels
@@ -38,11 +27,11 @@ class Library:
         self.module = module
         self.path = Path(module.__file__)
         self.functions: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
-        for name in ON_MAPS:
-            for dtype, suffix in SUFFIXES.items():
-                self.functions[name, dtype] = getattr(module, f"{name}_{suffix}")
-        for name in ON_SMALL:
-            self.functions[name, torch.float32] = getattr(module, name)
+        for name, function in vars(module).items():
+            if isinstance(function, BuiltinFunctionType):
+                stem, _, suffix = name.rpartition("_")
+                known = (stem, DTYPES[suffix]) if suffix in DTYPES else (name, torch.float32)
+                self.functions[known] = function
         self.has_threads = self._share_threads()
 
     @property
@@ -93,14 +82,3 @@ def _found() -> tuple[Library | None, str | None]:
 LOADED, WHY_NOT = _found()
 # those of LOADED
 FUNCTIONS: dict[tuple[str, torch.dtype], Callable[..., None]] = {} if LOADED is None else LOADED.functions
-
-
-def loaded() -> Library:
-    """The library, where `why_not` says nothing."""
-    assert LOADED is not None, WHY_NOT  # noqa: S101
-    return LOADED
-
-
-def why_not() -> str | None:
-    """Why there is no library; None where there is one."""
-    return WHY_NOT
