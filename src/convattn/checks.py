@@ -50,7 +50,9 @@ def feature_map(where: str, x: "torch.Tensor", channels: int | None, spatial: in
             f"the module was built with dimensions={spatial}"
             + (f" and channels={channels}." if channels is not None else ".")
         )
-    if 0 in x.shape[1:]:
+    # a slice of a shape is a shape again, which takes longer than all the rest
+    _, *sizes = x.shape
+    if 0 in sizes:
         raise ShapeMismatch(f"{where}: the map has no elements in one of its dimensions: {tuple(x.shape)}.")
 
 

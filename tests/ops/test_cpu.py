@@ -19,7 +19,7 @@ from convattn import ops
 from convattn.attachment.wrapper import Attached
 from convattn.errors import BackendUnavailable, InvalidOption
 from convattn.nn import CBAM, ChannelAttention, DualPool, SpatialAttention, SqueezeExcite
-from convattn.ops import reference
+from convattn.ops import cpu, reference
 from convattn.ops.cpu import library
 from gradients_by_name import check, gradients, truth
 from tolerances import assert_close
@@ -141,6 +141,40 @@ def test_every_path_with_any_number_of_threads(threads: int, avx2: bool, last: b
     finally:
         loaded.use_avx2(before == "AVX2")
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_passes_from_either_end_are_the_same_to_the_bit(last: bool) -> None:
+    torch.manual_seed(0)
+    x, dy = (in_format(torch.randn(2, 40, 60, 50), last) for _ in range(2))
+    channel, spatial = torch.rand(2, 40), torch.rand(2, 60, 50)
+    kernels = cpu.Kernels(x)
+    top = kernels.pool(x, False, True)[0]
+    planes = kernels.summarise(x, channel)
+    _, _, places = kernels.grad_gates(x, dy, channel, spatial, planes[1], True)
+    summary = (planes[1], planes[0] / 8, planes[1] / 8, places)
+    at, _ = kernels.grad_summary(x, channel, summary, top, torch.zeros(2, 40))
+
+    def summarised() -> list[torch.Tensor | None]:
+        dchannel = torch.zeros(2, 40)
+        return [*kernels.grad_summary(x, channel, summary, top, dchannel), dchannel]
+
+    passes: dict[str, Callable[[], Any]] = {
+        "pool": lambda: [kernels.pool(x, True, True)],
+        "summarise": lambda: [kernels.summarise(x, channel)],
+        "apply": lambda: [kernels.apply(x, channel, spatial, None)],
+        "grad_gates": lambda: kernels.grad_gates(x, dy, channel, spatial, planes[1], True),
+        "grad_summary": summarised,
+        "grad_input": lambda: [kernels.grad_input(x, dy, channel, spatial, summary, (top, top / 8, top / 8, at))],
+    }
+    for name, one in passes.items():
+        directions, found = [], []
+        for _ in range(2):
+            found.append(one())
+            directions.append(kernels.back)
+        assert sorted(directions) == [False, True]
+        for first, second in zip(*found, strict=True):
+            assert (first is None and second is None) or torch.equal(first, second), name
 
 
 @each_build

@@ -60,6 +60,8 @@ class Kernels:
         self.positions = x.shape[2:]
         self.x, self.dtype = x, x.dtype
         self.shape = _sizes(x.shape, not x.is_contiguous(), torch.get_num_threads(), None, None)[0]
+        # whether the last pass went through the map from its end: see `turn` in maps.h
+        self.back = False
         # where a norm rides along, its four numbers for each channel
         self.norm: Maybe = None
 
@@ -261,7 +263,8 @@ class Kernels:
         return dplanes, dweight, sums
 
     def _call(self, name: str, *arguments: Any) -> None:
-        library.FUNCTIONS[name, self.dtype](*self.shape, *arguments)
+        self.back = not self.back
+        library.FUNCTIONS[name, self.dtype](*self.shape, self.back, *arguments)
 
 
 def _given(x: Tensor, gates: Gates, moments: Maybe) -> tuple[Maybe, Maybe, Maybe, Maybe]:

@@ -180,7 +180,7 @@ void grad_gates(const Map& map, const T* x, const T* dy, const Affine* affine, c
             }
             if (find == ACROSS_ROWS) end_notes(rows.places, size);
             if (find == IN_ROWS) end_notes({rows.places.where + high * tall, rows.places.count + high * tall}, end - high * tall);
-        });
+        }, map.back);
     };
     const std::true_type yes{};
     const std::false_type no{};
@@ -401,7 +401,7 @@ void grad_summary(const Map& map, const T* x, const Affine* affine, const float*
                     for (int r = 0; r < many && sum; ++r) dchannel[row + r] += found[r];
                     j += many;
                 }
-            });
+            }, map.back);
         };
         if (shares.tied)
             each_row(map, b * c, n, [&](int64_t row) {
@@ -435,7 +435,7 @@ void grad_summary(const Map& map, const T* x, const Affine* affine, const float*
                         x + at * c, affine, c, gates, given, top, int32_t(row), found);
                     row += many ? 8 : 1;
                 }
-            });
+            }, map.back);
         };
         const std::true_type yes{};
         const std::false_type no{};

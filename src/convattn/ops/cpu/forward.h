@@ -102,7 +102,7 @@ void pool(const Map& map, const T* x, float* mean, float* max) {
         const T* from = x + (sample * n + begin) * c;
         if (max) reduce_columns<true, FULL, Bare>(from, c, size, nullptr, nullptr, &sums[unit * c], &tops[unit * c], c);
         else reduce_columns<false, FULL, Bare>(from, c, size, nullptr, nullptr, &sums[unit * c], nullptr, c);
-    });
+    }, map.back);
     each_row(map, b, c * parts, [&](int64_t sample) {
         for (int64_t j = 0; j < c; ++j) {
             double total = 0;
@@ -216,7 +216,7 @@ void statistics(const Map& map, const T* x, const Statistics& to) {
             for (int64_t j = 0; j < c; ++j) { here[j].sum += sum[j]; here[j].squares += squares[j]; }
         }
         for (int64_t j = 0; j < c; ++j) { here[j].max = max[j]; here[j].min = min[j]; }
-    });
+    }, map.back);
     each_row(map, b, c * parts, [&](int64_t sample) {
         for (int64_t j = 0; j < c; ++j) {
             Moments total;
@@ -303,7 +303,7 @@ void summarise(const Map& map, const T* x, const Affine* affine, const float* ga
                     if (v != v) { top[i] = v; break; }
                 }
         }
-    });
+    }, map.back);
 }
 template <class T>
 void summarise(const Map& map, const T* x, const Affine* affine, const float* gate, float* mean, float* max) {

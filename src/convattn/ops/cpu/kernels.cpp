@@ -46,23 +46,24 @@ struct Job {
     const Work& work;
     int64_t count;
     int threads;
+    bool back;
     static void run(void* job_pointer) {
         const Job& job = *static_cast<Job*>(job_pointer);
         const int64_t here = pool_thread();
         const int64_t first = job.count * here / job.threads, last = job.count * (here + 1) / job.threads;
-        for (int64_t unit = first; unit < last; ++unit) job.work(unit);
+        for (int64_t unit = first; unit < last; ++unit) job.work(job.back ? first + last - 1 - unit : unit);
     }
 };
 
-// work(unit) for every unit, in as many threads
+// work(unit) for every unit, in as many threads, each from its first one to its last or back
 template <class Work>
-void parallel(int threads, int64_t count, const Work& work) {
+void parallel(int threads, int64_t count, const Work& work, bool back = false) {
     threads = int(std::min<int64_t>(threads, count));
     if (threads <= 1 || !pool_parallel) {
-        for (int64_t unit = 0; unit < count; ++unit) work(unit);
+        for (int64_t unit = 0; unit < count; ++unit) work(back ? count - 1 - unit : unit);
         return;
     }
-    Job<Work> job{work, count, threads};
+    Job<Work> job{work, count, threads, back};
     pool_parallel(Job<Work>::run, &job, unsigned(threads), 0);
 }
 
@@ -140,40 +141,40 @@ EXPORT int convattn_path(int wanted) {
 }
 
 #define SHAPE int64_t b, int64_t c, int64_t n, int last, int threads
-#define MAP Map{b, c, n, last != 0, threads}
+#define MAP(back) Map{b, c, n, last != 0, threads, back}
 
 #define DEFINE(type, suffix) \
-    EXPORT void convattn_pool_##suffix(SHAPE, const type* x, float* mean, float* max) { PATH(pool<type>(MAP, x, mean, max)) } \
-    EXPORT void convattn_statistics_##suffix(SHAPE, const type* x, float* mean, float* squares, float* max, float* min) { \
-        PATH(statistics<type>(MAP, x, Statistics{mean, squares, max, min})) \
+    EXPORT void convattn_pool_##suffix(SHAPE, int back, const type* x, float* mean, float* max) { PATH(pool<type>(MAP(back != 0), x, mean, max)) } \
+    EXPORT void convattn_statistics_##suffix(SHAPE, int back, const type* x, float* mean, float* squares, float* max, float* min) { \
+        PATH(statistics<type>(MAP(back != 0), x, Statistics{mean, squares, max, min})) \
     } \
-    EXPORT void convattn_summarise_##suffix(SHAPE, const type* x, const float* norm, const float* channel, float* mean, \
+    EXPORT void convattn_summarise_##suffix(SHAPE, int back, const type* x, const float* norm, const float* channel, float* mean, \
                                             float* max) { \
         PATH(const Affine affine = affine_at(norm, c); \
-             summarise<type>(MAP, x, norm ? &affine : nullptr, channel, mean, max)) \
+             summarise<type>(MAP(back != 0), x, norm ? &affine : nullptr, channel, mean, max)) \
     } \
-    EXPORT void convattn_apply_##suffix(SHAPE, const type* x, const float* norm, const float* channel, \
+    EXPORT void convattn_apply_##suffix(SHAPE, int back, const type* x, const float* norm, const float* channel, \
                                         const float* spatial, const type* shortcut, type* y) { \
         PATH(const Affine affine = affine_at(norm, c); \
-             apply<type>(MAP, x, norm ? &affine : nullptr, channel, spatial, shortcut, y)) \
+             apply<type>(MAP(back != 0), x, norm ? &affine : nullptr, channel, spatial, shortcut, y)) \
     } \
-    EXPORT void convattn_grad_gates_##suffix(SHAPE, const type* x, const type* dy, const float* norm, \
+    EXPORT void convattn_grad_gates_##suffix(SHAPE, int back, const type* x, const type* dy, const float* norm, \
                                              const float* channel, const float* spatial, const float* max, int gated, float* dchannel, \
                                              float* dspatial, int32_t* places) { \
         PATH(const Affine affine = affine_at(norm, c); \
-             grad_gates<type>(MAP, x, dy, norm ? &affine : nullptr, channel, spatial, max, gated != 0, dchannel, \
+             grad_gates<type>(MAP(back != 0), x, dy, norm ? &affine : nullptr, channel, spatial, max, gated != 0, dchannel, \
                               dspatial, places)) \
     } \
-    EXPORT void convattn_grad_summary_##suffix(SHAPE, const type* x, const float* norm, const float* channel, \
+    EXPORT void convattn_grad_summary_##suffix(SHAPE, int back, const type* x, const float* norm, const float* channel, \
                                                const float* smax, const float* dsmean, const float* dsmax, \
                                                const int32_t* splaces, const float* pmax, float* dchannel, \
                                                int32_t* places, float* hats) { \
         PATH(const Maxima summary({smax, dsmean, dsmax, splaces, splaces ? splaces + b * n : nullptr}); \
              const Affine affine = affine_at(norm, c); \
-             grad_summary<type>(MAP, x, norm ? &affine : nullptr, channel, dsmean ? &summary : nullptr, pmax, dchannel, \
+             grad_summary<type>(MAP(back != 0), x, norm ? &affine : nullptr, channel, dsmean ? &summary : nullptr, pmax, dchannel, \
                                 places, hats)) \
     } \
-    EXPORT void convattn_grad_input_##suffix(SHAPE, const type* x, const type* dy, const float* norm, \
+    EXPORT void convattn_grad_input_##suffix(SHAPE, int back, const type* x, const type* dy, const float* norm, \
                                              const float* through, const float* channel, const float* spatial, const float* smax, const float* dsmean, \
                                              const float* dsmax, const int32_t* splaces, const float* pmax, \
                                              const float* dpmean, const float* dpmax, const int32_t* pplaces, \
@@ -181,7 +182,7 @@ EXPORT int convattn_path(int wanted) {
         PATH(const Maxima summary({smax, dsmean, dsmax, splaces, splaces ? splaces + b * n : nullptr}); \
              const Maxima pools({pmax, dpmean, dpmax, pplaces, pplaces ? pplaces + b * c : nullptr}); \
              const Affine affine = affine_at(norm, c); \
-             grad_input<type>(MAP, x, dy, norm ? &affine : nullptr, through, channel, spatial, dsmean ? &summary : nullptr, \
+             grad_input<type>(MAP(back != 0), x, dy, norm ? &affine : nullptr, through, channel, spatial, dsmean ? &summary : nullptr, \
                               dpmean || dpmax ? &pools : nullptr, dx)) \
     }
 BOTH(DEFINE)
@@ -259,16 +260,17 @@ struct Kept {
     EXPORT void convattn_gated_##suffix(SHAPE, const type* x, const type* shortcut, type* y, const float* strength, int parallel, \
                                         MLP, WINDOW, float* kept) { \
         KEPT \
-        PATH(if (channel) { \
-                 pool<type>(MAP, x, pooled, pools > 1 ? pooled + b * c : nullptr); \
+        PATH(Map map = MAP(false); \
+             if (channel) { \
+                 pool<type>(turn(map), x, pooled, pools > 1 ? pooled + b * c : nullptr); \
                  GATE_OF_MLP \
                  blend(b * c, channel, strength); \
              } \
              if (spatial) { \
-                 summarise<type>(MAP, x, nullptr, parallel ? nullptr : channel, summary, summary + b * n); \
+                 summarise<type>(turn(map), x, nullptr, parallel ? nullptr : channel, summary, summary + b * n); \
                  GATE_OF_WINDOW \
              } \
-             apply<type>(MAP, x, nullptr, channel, spatial, shortcut, y)) \
+             apply<type>(turn(map), x, nullptr, channel, spatial, shortcut, y)) \
     }
 BOTH(DEFINE_GATED)
 
@@ -281,17 +283,18 @@ BOTH(DEFINE_GATED)
         (void)one_bias, (void)two_bias; \
         KEPT \
         float sums[3] = {0, 0, 0}; \
-        PATH(const Piece<float> dchannel(channel ? b * c : 0), dpooled(channel ? pools * b * c : 0); \
+        PATH(Map map = MAP(false); \
+             const Piece<float> dchannel(channel ? b * c : 0), dpooled(channel ? pools * b * c : 0); \
              const Piece<float> dspatial(spatial ? b * n : 0), dsummary(spatial ? 2 * b * n : 0); \
              const Piece<int32_t> in_channels(spatial ? 2 * b * n : 0), in_positions(channel ? 2 * b * c : 0); \
              const float* top_channel = spatial ? summary + b * n : nullptr; \
              const float* top_position = dx && channel && pools > 1 ? pooled + b * c : nullptr; \
              const bool gated = channel && spatial; \
-             grad_gates<type>(MAP, x, dy, nullptr, channel, spatial, top_channel, gated, dchannel, dspatial, in_channels); \
+             grad_gates<type>(turn(map), x, dy, nullptr, channel, spatial, top_channel, gated, dchannel, dspatial, in_channels); \
              if (spatial) { GRAD_OF_WINDOW } \
              const Maxima of_summary({top_channel, dsummary, dsummary.from(b * n), in_channels, in_channels.from(b * n)}); \
              if (gated || top_position) \
-                 grad_summary<type>(MAP, x, nullptr, channel, gated ? &of_summary : nullptr, top_position, dchannel, \
+                 grad_summary<type>(turn(map), x, nullptr, channel, gated ? &of_summary : nullptr, top_position, dchannel, \
                                     in_positions, nullptr); \
              if (channel) { \
                  sums[2] += grad_blend(b * c, logits, strength, dchannel); \
@@ -299,7 +302,7 @@ BOTH(DEFINE_GATED)
              } \
              float* dmax = top_position ? dpooled.from(b * c) : nullptr; \
              const Maxima of_pools({top_position, dpooled, dmax, in_positions, in_positions.from(b * c)}); \
-             if (dx) grad_input<type>(MAP, x, dy, nullptr, nullptr, channel, spatial, spatial ? &of_summary : nullptr, \
+             if (dx) grad_input<type>(turn(map), x, dy, nullptr, nullptr, channel, spatial, spatial ? &of_summary : nullptr, \
                                       channel ? &of_pools : nullptr, dx)) \
         if (dnorm_weight) *dnorm_weight = sums[0]; \
         if (dnorm_bias) *dnorm_bias = sums[1]; \

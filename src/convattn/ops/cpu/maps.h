@@ -1,7 +1,9 @@
 // The shape of a map, how work on it is shared among threads, and the norm that may stand before it; included by body.h.
 
-// the shape of a map, its order in memory, and the threads that it is worth
-struct Map { int64_t b, c, n; bool last; int threads; };
+// the shape of a map, its order in memory, the threads that it is worth, and whether they go through it from its end
+struct Map { int64_t b, c, n; bool last; int threads; bool back; };
+// the next pass goes the other way: what the one before has read last may still be in a cache
+inline const Map& turn(Map& map) { map.back = !map.back; return map; }
 
 // memory for so many numbers, not yet set; null for none
 template <class T>
@@ -35,7 +37,7 @@ inline void each_row(const Map& map, int64_t rows, int64_t width, const Work& wo
     const int64_t some = rows_for(width);
     parallel(map.threads, units(rows, some), [&](int64_t unit) {
         for (int64_t row = unit * some; row < std::min(rows, (unit + 1) * some); ++row) work(row);
-    });
+    }, map.back);
 }
 
 // work(row, begin, size) for all rows of all samples in tiles, so that what all rows of a sample need stays in a cache
@@ -47,7 +49,7 @@ inline void each_tile(const Map& map, int64_t height, int64_t width, const Work&
         const int64_t sample = unit / (wide * high), begin = unit / high % wide * tile, first = unit % high * some;
         for (int64_t row = first; row < std::min(height, first + some); ++row)
             work(sample * height + row, begin, std::min(tile, width - begin));
-    });
+    }, map.back);
 }
 
 // A batch norm that rides along: what lies in memory is u, and the map is x = weight * hat + bias, hat = inverse * u + offset,
