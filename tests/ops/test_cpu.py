@@ -145,7 +145,6 @@ def test_every_path_with_any_number_of_threads(threads: int, avx2: bool, last: b
 
 @pytest.mark.parametrize("last", [False, True])
 def test_passes_from_either_end_are_the_same_to_the_bit(last: bool) -> None:
-    torch.manual_seed(0)
     x, dy = (in_format(torch.randn(2, 40, 60, 50), last) for _ in range(2))
     channel, spatial = torch.rand(2, 40), torch.rand(2, 60, 50)
     kernels = cpu.Kernels(x)
@@ -159,6 +158,10 @@ def test_passes_from_either_end_are_the_same_to_the_bit(last: bool) -> None:
         dchannel = torch.zeros(2, 40)
         return [*kernels.grad_summary(x, channel, summary, top, dchannel), dchannel]
 
+    def normed() -> list[torch.Tensor]:
+        pooled, kept = kernels.normalise(x, ops.Norm(None, None, None, None, training=True, eps=1e-5))
+        return [pooled, *kept]
+
     passes: dict[str, Callable[[], Any]] = {
         "pool": lambda: [kernels.pool(x, True, True)],
         "summarise": lambda: [kernels.summarise(x, channel)],
@@ -166,6 +169,7 @@ def test_passes_from_either_end_are_the_same_to_the_bit(last: bool) -> None:
         "grad_gates": lambda: kernels.grad_gates(x, dy, channel, spatial, planes[1], True),
         "grad_summary": summarised,
         "grad_input": lambda: [kernels.grad_input(x, dy, channel, spatial, summary, (top, top / 8, top / 8, at))],
+        "statistics": normed,
     }
     for name, one in passes.items():
         directions, found = [], []

@@ -55,7 +55,7 @@ struct Job {
     }
 };
 
-// work(unit) for every unit, in as many threads, each from its first one to its last or back
+// work(unit) for every unit, in as many threads, each from its first unit to its last or the other way
 template <class Work>
 void parallel(int threads, int64_t count, const Work& work, bool back = false) {
     threads = int(std::min<int64_t>(threads, count));
@@ -141,40 +141,42 @@ EXPORT int convattn_path(int wanted) {
 }
 
 #define SHAPE int64_t b, int64_t c, int64_t n, int last, int threads
-#define MAP(back) Map{b, c, n, last != 0, threads, back}
+// of one pass, which may go back from the end of the map
+#define PASS SHAPE, int back
+#define MAP Map{b, c, n, last != 0, threads, back != 0}
 
 #define DEFINE(type, suffix) \
-    EXPORT void convattn_pool_##suffix(SHAPE, int back, const type* x, float* mean, float* max) { PATH(pool<type>(MAP(back != 0), x, mean, max)) } \
-    EXPORT void convattn_statistics_##suffix(SHAPE, int back, const type* x, float* mean, float* squares, float* max, float* min) { \
-        PATH(statistics<type>(MAP(back != 0), x, Statistics{mean, squares, max, min})) \
+    EXPORT void convattn_pool_##suffix(PASS, const type* x, float* mean, float* max) { PATH(pool<type>(MAP, x, mean, max)) } \
+    EXPORT void convattn_statistics_##suffix(PASS, const type* x, float* mean, float* squares, float* max, float* min) { \
+        PATH(statistics<type>(MAP, x, Statistics{mean, squares, max, min})) \
     } \
-    EXPORT void convattn_summarise_##suffix(SHAPE, int back, const type* x, const float* norm, const float* channel, float* mean, \
+    EXPORT void convattn_summarise_##suffix(PASS, const type* x, const float* norm, const float* channel, float* mean, \
                                             float* max) { \
         PATH(const Affine affine = affine_at(norm, c); \
-             summarise<type>(MAP(back != 0), x, norm ? &affine : nullptr, channel, mean, max)) \
+             summarise<type>(MAP, x, norm ? &affine : nullptr, channel, mean, max)) \
     } \
-    EXPORT void convattn_apply_##suffix(SHAPE, int back, const type* x, const float* norm, const float* channel, \
+    EXPORT void convattn_apply_##suffix(PASS, const type* x, const float* norm, const float* channel, \
                                         const float* spatial, const type* shortcut, type* y) { \
         PATH(const Affine affine = affine_at(norm, c); \
-             apply<type>(MAP(back != 0), x, norm ? &affine : nullptr, channel, spatial, shortcut, y)) \
+             apply<type>(MAP, x, norm ? &affine : nullptr, channel, spatial, shortcut, y)) \
     } \
-    EXPORT void convattn_grad_gates_##suffix(SHAPE, int back, const type* x, const type* dy, const float* norm, \
+    EXPORT void convattn_grad_gates_##suffix(PASS, const type* x, const type* dy, const float* norm, \
                                              const float* channel, const float* spatial, const float* max, int gated, float* dchannel, \
                                              float* dspatial, int32_t* places) { \
         PATH(const Affine affine = affine_at(norm, c); \
-             grad_gates<type>(MAP(back != 0), x, dy, norm ? &affine : nullptr, channel, spatial, max, gated != 0, dchannel, \
+             grad_gates<type>(MAP, x, dy, norm ? &affine : nullptr, channel, spatial, max, gated != 0, dchannel, \
                               dspatial, places)) \
     } \
-    EXPORT void convattn_grad_summary_##suffix(SHAPE, int back, const type* x, const float* norm, const float* channel, \
+    EXPORT void convattn_grad_summary_##suffix(PASS, const type* x, const float* norm, const float* channel, \
                                                const float* smax, const float* dsmean, const float* dsmax, \
                                                const int32_t* splaces, const float* pmax, float* dchannel, \
                                                int32_t* places, float* hats) { \
         PATH(const Maxima summary({smax, dsmean, dsmax, splaces, splaces ? splaces + b * n : nullptr}); \
              const Affine affine = affine_at(norm, c); \
-             grad_summary<type>(MAP(back != 0), x, norm ? &affine : nullptr, channel, dsmean ? &summary : nullptr, pmax, dchannel, \
+             grad_summary<type>(MAP, x, norm ? &affine : nullptr, channel, dsmean ? &summary : nullptr, pmax, dchannel, \
                                 places, hats)) \
     } \
-    EXPORT void convattn_grad_input_##suffix(SHAPE, int back, const type* x, const type* dy, const float* norm, \
+    EXPORT void convattn_grad_input_##suffix(PASS, const type* x, const type* dy, const float* norm, \
                                              const float* through, const float* channel, const float* spatial, const float* smax, const float* dsmean, \
                                              const float* dsmax, const int32_t* splaces, const float* pmax, \
                                              const float* dpmean, const float* dpmax, const int32_t* pplaces, \
@@ -182,7 +184,7 @@ EXPORT int convattn_path(int wanted) {
         PATH(const Maxima summary({smax, dsmean, dsmax, splaces, splaces ? splaces + b * n : nullptr}); \
              const Maxima pools({pmax, dpmean, dpmax, pplaces, pplaces ? pplaces + b * c : nullptr}); \
              const Affine affine = affine_at(norm, c); \
-             grad_input<type>(MAP(back != 0), x, dy, norm ? &affine : nullptr, through, channel, spatial, dsmean ? &summary : nullptr, \
+             grad_input<type>(MAP, x, dy, norm ? &affine : nullptr, through, channel, spatial, dsmean ? &summary : nullptr, \
                               dpmean || dpmax ? &pools : nullptr, dx)) \
     }
 BOTH(DEFINE)
@@ -260,7 +262,7 @@ struct Kept {
     EXPORT void convattn_gated_##suffix(SHAPE, const type* x, const type* shortcut, type* y, const float* strength, int parallel, \
                                         MLP, WINDOW, float* kept) { \
         KEPT \
-        PATH(Map map = MAP(false); \
+        PATH(Map map{b, c, n, last != 0, threads, false}; \
              if (channel) { \
                  pool<type>(turn(map), x, pooled, pools > 1 ? pooled + b * c : nullptr); \
                  GATE_OF_MLP \
@@ -283,7 +285,7 @@ BOTH(DEFINE_GATED)
         (void)one_bias, (void)two_bias; \
         KEPT \
         float sums[3] = {0, 0, 0}; \
-        PATH(Map map = MAP(false); \
+        PATH(Map map{b, c, n, last != 0, threads, false}; \
              const Piece<float> dchannel(channel ? b * c : 0), dpooled(channel ? pools * b * c : 0); \
              const Piece<float> dspatial(spatial ? b * n : 0), dsummary(spatial ? 2 * b * n : 0); \
              const Piece<int32_t> in_channels(spatial ? 2 * b * n : 0), in_positions(channel ? 2 * b * c : 0); \
