@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 import convattn
 from convattn import attach, detach, errors, fold
 from convattn.attachment import Attached, Folds, attached
+from convattn.attachment.attaching import remove
 from convattn.networks.cifar_resnet import CifarResNet
 from convattn.nn.base import Gate
 
@@ -725,7 +726,8 @@ def by_hand(model: nn.Module, means: dict[str, np.ndarray]) -> nn.Module:
     other = copy.deepcopy(model)
     for name, mean in means.items():
         parent, _, key = name.rpartition(".")
-        setattr(other.get_submodule(parent), key, Scaled(other.get_submodule(name).inner, mean))
+        remove(other, name)
+        setattr(other.get_submodule(parent), key, Scaled(other.get_submodule(name), mean))
     return other
 
 

@@ -1,11 +1,13 @@
 """Change a network as planned, and change it back."""
 
+import threading
 from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from convattn.attachment.guard import Children, guard
 from convattn.attachment.plans import UNCHANGED, Plan, Site, Where, built, plan, signature
 from convattn.attachment.wrapper import (
     Attached,
@@ -26,6 +28,8 @@ from convattn.errors import AttachError, InvalidOption
 from convattn.registry import Entry
 
 Pair = tuple[nn.Module, nn.Module]
+# of two threads that attach to one network the second one is told; re-entrant, since one call may make another
+LOCK = threading.RLock()
 
 
 def attach(
@@ -93,9 +97,10 @@ def attach(
             start=start or "identity",
             **options,
         )
-    pairs = [pair for site in chosen for pair in wrapped(model, site, chosen.entries[site.attention], replace)]
-    _refuse_two_at_once(model, pairs)
-    exchange(model, pairs + partners(model, [old for old, _ in pairs]))
+    with LOCK:
+        pairs = [pair for site in chosen for pair in wrapped(model, site, chosen.entries[site.attention], replace)]
+        _refuse_two_at_once(model, pairs)
+        exchange(model, pairs + partners(model, [old for old, _ in pairs]))
     return model
 
 
@@ -109,7 +114,8 @@ def detach(model: nn.Module) -> nn.Module:
         >>> detach(attach(network, "se")).layer1[0].bn2 is layer
         True
     """
-    exchange(model, [(module, layer_of(module)) for module in model.modules() if isinstance(module, Attached)])
+    with LOCK:
+        exchange(model, [(module, layer_of(module)) for module in model.modules() if isinstance(module, Attached)])
     return model
 
 
@@ -177,7 +183,7 @@ def wrapped(model: nn.Module, site: Site, one: Entry, replace: bool = False) -> 
             (source, AttachedInputSource(_plain(source, place.source, replace), passage, **kept)),
         ]
     if place.side == "map":
-        return [(layer, AttachedMap(inner, module, pool=place.pool, **kept))]
+        return [(layer, AttachedMap(inner, module, pool=place.pool, dimensions=len(place.size), **kept))]
     kinds: dict[str, type[Attached]] = {"pool": AttachedHead, "before": AttachedBefore}
     kind = kinds.get(place.side, Attached if place.alone else AttachedMany)
     return [(layer, kind(inner, module, **kept))]
@@ -206,12 +212,15 @@ def exchange(model: nn.Module, pairs: list[Pair]) -> None:
     try:
         for holder, key, old in [place for parent in model.modules() for place in _held(parent, new)]:
             done.append((holder, key, old))
-            holder[key] = tuple(new.get(one, one) for one in old) if isinstance(old, tuple) else new[old]
+            # what stood there is lost on purpose
+            put = holder.put if isinstance(holder, Children) else holder.__setitem__
+            put(key, tuple(new.get(one, one) for one in old) if isinstance(old, tuple) else new[old])
     except BaseException:
         for holder, key, old in reversed(done):
             # past whatever refused: the way back must not fail
             (dict if isinstance(holder, dict) else list).__setitem__(holder, key, old)
         raise
+    guard(model)
 
 
 def _held(parent: nn.Module, modules: Container[Any]) -> Iterator[tuple[Any, Any, Any]]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from convattn.attachment.wrapper import ATTENTION, INNER, Attached, layer_of
+from convattn.attachment.tensors import INNER
+from convattn.attachment.wrapper import ATTENTION, Attached, layer_of
 from convattn.errors import AttachError
 from convattn.networks.cut import example_for
 from convattn.networks.watching import INPUT, Call, Value, Watched, watch

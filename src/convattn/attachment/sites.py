@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from convattn.attachment import blocks, pooling
+from convattn.attachment import blocks, pooling, units
 from convattn.attachment.blocks import Block
 from convattn.attachment.maps import Maps
 from convattn.attachment.sums import ACTIVATIONS, Sum, sums
@@ -72,6 +72,7 @@ class Survey:
         self.model = model
         self.device = next((one.device for one in model.parameters()), torch.device("cpu"))
         self.maps = Maps(model, example)
+        self._known_units: dict[str, list[str]] = {}
 
     def find(self, at: str, taken: Collection[str] = ()) -> tuple[list[Place], list[Skipped]]:
         """The places of one kind, in the order of the network, and where there is none though one might expect it.
@@ -194,8 +195,11 @@ class Survey:
                 and all(call.first <= value.index < call.last for value in entries)
                 and not any(call.first <= index < call.last for index in outside)
             ]
-            if calls:
-                return min(calls, key=lambda call: call.last - call.first)
+            whole = self._whole(calls)
+            if whole:
+                call = min(whole, key=lambda call: call.last - call.first)
+                lost = self._is_lost(call, seen.values[source], before=True)
+                return Skipped(call.name, self._merged_by(call)) if lost else call
         return Skipped(one.value.within, "the branch does not begin with one layer that takes one map")
 
     def _post(self) -> Iterable[Found]:
@@ -282,6 +286,9 @@ class Survey:
         for call in self.maps.calls:
             value = None if call.y is None else self.maps.seen.values[call.y]
             if value is not None and self.maps.is_map(value) and not _has_part(call.module):
+                if self._units(call.name):
+                    yield Skipped(call.name, self._merged_by(call))
+                    continue
                 alike = [each.y for each in self.maps.calls if each.module is call.module]
                 shapes = {self.maps.kind(self.maps.seen.values[y]) if y is not None else None for y in alike}
                 if len(shapes) == 1:
@@ -307,14 +314,45 @@ class Survey:
         calls = order(self.maps, self.maps.by_output.get(value.index, []))
         calls.sort(key=lambda call: not call.alone)
         reasons = []
-        for call in calls:
+        for call in self._whole(calls):
             if any(each.y not in alike for each in self.maps.calls_of(call.module)):
                 reasons.append(Skipped(call.name, ELSEWHERE))
             elif _has_part(call.module):
                 reasons.append(Skipped(call.name, HAS_PART))
+            elif self._is_lost(call, value):
+                reasons.append(Skipped(call.name, self._merged_by(call)))
             else:
                 return self._place(call, value)
         return reasons[0] if reasons else Skipped(near, f"{what} ends in a function ({value.operator}), not in a layer")
+
+    def _whole(self, calls: list[Call]) -> list[Call]:
+        """The calls but those of layers inside of a unit that is among them: it is taken as a whole."""
+        names = {call.name for call in calls}
+        return [call for call in calls if not names.intersection(self._units(call.name))]
+
+    def _units(self, name: str) -> list[str]:
+        """The units around a layer, the innermost first: see `units`."""
+        if name not in self._known_units:
+            self._known_units[name] = units.above(self.model, name)
+        return self._known_units[name]
+
+    def _merged_by(self, call: Call) -> str:
+        unit = self._units(call.name)[-1]
+        kind = type(layer_of(self.model.get_submodule(unit))).__name__
+        return f"it lies in {unit} ({kind}), whose layers can be merged into one, and the gate would be lost"
+
+    def _is_lost(self, call: Call, value: Value, *, before: bool = False) -> bool:
+        """Whether a gate at a layer inside of a unit is lost when the unit is merged."""
+        if not self._units(call.name):
+            return False
+        outer = self._units(call.name)[-1]
+        around = next((each for each in self.maps.calls if each.name == outer), None)
+        if around is None or around.x is None or not around.alone:
+            return True
+        shape = self.maps.seen.values[around.x].shape
+        last = self.maps.axis(value) == len(value.shape) - 1
+        path = call.name[len(outer) + 1 :]
+        return not units.outlives(layer_of(around.module), path, shape, before=before, channels_last=last)
 
     def _place(self, call: Call, value: Value, side: str = "after") -> Place:
         axis, last = self.maps.axis(value), len(value.shape) - 1

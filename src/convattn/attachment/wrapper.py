@@ -3,8 +3,10 @@
 To everything outside it is transparent: the names of parameters and the keys of the state dict are those of the plain
 network, with the attention's own under `<layer>.attention.`. A wrapper and no forward hook, because fusing and
 converting passes drop hooks silently; a child module and no subclass of the layer, because they replace layers by type.
+A walk over modules meets the wrapper, the layer, and each tensor at the layer alone.
 """
 
+import functools
 import threading
 from collections.abc import Iterator
 from itertools import chain
@@ -12,14 +14,16 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from torch.jit import is_scripting  # type: ignore[attr-defined]
+from torch.compiler import is_compiling
+from torch.fx import Proxy
+from torch.jit import is_scripting, is_tracing  # type: ignore[attr-defined]
 
 from convattn import ops
+from convattn.attachment import merging
+from convattn.attachment.tensors import INNER, LayerName, LayerTensors
 from convattn.errors import AttachError
 from convattn.nn.base import Gate
 
-# distinctive, since it is taken out of keys wherever it stands
-INNER = "convattn_inner"
 ATTENTION = "attention"
 
 # operators of PyTorch, each with the arguments behind its first one and with its options
@@ -56,6 +60,8 @@ class Attached(nn.Module):
         self.convattn_last = channels_last
         self.add_module(INNER, inner)
         self.attention = attention
+        for kind in ("_parameters", "_buffers"):
+            vars(self)[kind] = LayerTensors(kind, self._modules)
         self.register_load_state_dict_post_hook(_name_plainly)  # type: ignore[no-untyped-call]
         self.training = inner.training
 
@@ -85,14 +91,15 @@ class Attached(nn.Module):
         """A map with its channels in the second dimension."""
         return x.movedim(-1, 1) if self.convattn_last else x
 
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Register a child; converting passes put another inner layer in place this way."""
-        super().add_module(name, module)
-        if name == INNER and module is not None:
-            # one dictionary for both: whoever swaps, moves or deletes a tensor of the layer does so here as well
-            self._parameters = module._parameters
-            self._buffers = module._buffers
-            self._non_persistent_buffers_set = module._non_persistent_buffers_set
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter at the layer."""
+        layer_of(self).register_parameter(name, param)
+
+    def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
+        """Register a buffer at the wrapper itself: a profiler counts at the layer and here, each by itself."""
+        kept = set(self._non_persistent_buffers_set) - {name}
+        self._non_persistent_buffers_set = kept if persistent else kept | {name}
+        dict.__setitem__(self._buffers, name, tensor)
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -104,45 +111,43 @@ class Attached(nn.Module):
         if remove_duplicate:
             memo.add(self)
         yield prefix, self
-        dot = prefix + "." if prefix else ""
-        for name, child in layer_of(self)._modules.items():
-            if child is not None:
+        dot, layer = prefix + "." if prefix else "", layer_of(self)
+        for name, module in layer.named_modules(memo, prefix, remove_duplicate):
+            yield (LayerName(dot + INNER) if module is layer else name), module
+        for name, child in self._modules.items():
+            if child is not None and name != INNER:
                 yield from child.named_modules(memo, dot + name, remove_duplicate)
-        # last and once: its tensors have been listed as the wrapper's and its children's
-        if remove_duplicate and layer_of(self) not in memo:
-            memo.add(layer_of(self))
-            yield dot + INNER, layer_of(self)
-        yield from self.attention.named_modules(memo, dot + ATTENTION, remove_duplicate)
 
     def state_dict(self, *args: Any, prefix: str = "", **options: Any) -> Any:
         """The state dict, the layer's entries under the keys that they have in the plain network."""
         state = super().state_dict(*args, prefix=prefix, **options)
-        for key in [key for key in state if key.startswith(f"{prefix}{INNER}.")]:
-            state[prefix + key[len(prefix) + len(INNER) + 1 :]] = state.pop(key)
+        # those behind them too, so that the order stays
+        moved = False
+        for key in list(state):
+            moved = moved or key.startswith(f"{prefix}{INNER}.")
+            if moved:
+                value = state.pop(key)
+                state[_plain_key(key, prefix)] = value
         metadata = getattr(state, "_metadata", {})
         for key in [key for key in metadata if key.startswith(prefix + INNER)]:
-            metadata[(prefix + key[len(prefix) + len(INNER) + 1 :]).rstrip(".")] = metadata.pop(key)
+            metadata[_plain_key(f"{key}.", prefix).rstrip(".")] = metadata.pop(key)
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # called before the children load: hand them the layer's entries; the wrapper has none of its own
+        # called before the children load: hand the layer its entries
+        own = [name for name in self._modules if name != INNER]
         for key in [key for key in state_dict if key.startswith(prefix)]:
-            if not key.startswith(f"{prefix}{ATTENTION}."):
-                state_dict[f"{prefix}{INNER}.{key[len(prefix) :]}"] = state_dict.pop(key)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "Attached":
-        # the tensors are the layer's: applied to there
-        if recurse:
-            for child in self.children():
-                child._apply(fn)  # type: ignore[no-untyped-call]
-        return self
+            name = key[len(prefix) :]
+            if name.partition(".")[0] not in own and not self._buffers.has(name):  # type: ignore[attr-defined]
+                state_dict[f"{prefix}{INNER}.{name}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __setattr__(self, name: str, value: Any) -> None:
         inner = self.__dict__.get("_modules", {}).get(INNER)
         if inner is not None and name == INNER:
             # sharding and checkpointing wrappers put themselves around the layer this way
             self.add_module(name, value)
-        elif inner is None or self._is_own(name):
+        elif inner is None or (self._is_own(name) and not _is_forward_of(inner, name, value)):
             super().__setattr__(name, value)
         elif hasattr(inner, name) or isinstance(value, torch.Tensor):
             # what is the layer's is set there, as it is read there
@@ -159,17 +164,30 @@ class Attached(nn.Module):
 
     def _is_own(self, name: str) -> bool:
         # of the class too: `__class__` and `_compiled_call_impl` are those of whoever is asked to change
-        return name in self.__dict__ or name in self._modules or hasattr(type(self), name)
+        own = name in self.__dict__ or name in self._modules or hasattr(type(self), name)
+        return own or (isinstance(self._buffers, LayerTensors) and self._buffers.has(name))
 
     def __getattr__(self, name: str) -> Any:
-        try:
+        modules = self.__dict__.get("_modules", {})
+        if name in modules:
+            return modules[name]
+        inner = modules.get(INNER)
+        if inner is None:
             return super().__getattr__(name)
-        except AttributeError:
-            inner = self.__dict__.get("_modules", {}).get(INNER)
-            if inner is None:
-                raise
-            own = {"inner": inner, "site": self.__dict__.get("convattn_site")}
-            return getattr(inner, name, own[name]) if name in own else getattr(inner, name)
+        buffers = self.__dict__["_buffers"]
+        if buffers.has(name):
+            return buffers[name]
+        if name == "parametrizations" and not is_compiling() and not hasattr(inner, name):
+            merging.refuse_to_parametrize(getattr(self.convattn_site, "name", type(inner).__name__))
+        own = {"inner": inner, "site": self.__dict__.get("convattn_site")}
+        value = getattr(inner, name, own[name]) if name in own else getattr(inner, name)
+        if is_compiling():
+            return value
+        if isinstance(value, torch.Tensor):
+            merging.refuse_to_merge(getattr(self.convattn_site, "name", type(inner).__name__), name)
+        elif merging.METHODS.fullmatch(name) and getattr(value, "__self__", None) is inner:
+            return functools.partial(_merge_inside, self, name)
+        return value
 
     # a container is indexed, counted and gone through as before
     def __len__(self) -> int:
@@ -184,6 +202,12 @@ class Attached(nn.Module):
     def __getitem__(self, key: Any) -> Any:
         return layer_of(self)[key]  # type: ignore[index]
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        layer_of(self)[key] = value  # type: ignore[operator]
+
+    def __delitem__(self, key: Any) -> None:
+        del layer_of(self)[key]  # type: ignore[operator]
+
     def __contains__(self, key: Any) -> bool:
         return key in layer_of(self)  # type: ignore[operator]
 
@@ -191,6 +215,41 @@ class Attached(nn.Module):
 def layer_of(module: nn.Module) -> nn.Module:
     """The layer inside a wrapper; any other module as it is."""
     return module._modules[INNER] if isinstance(module, Attached) else module  # type: ignore[return-value]
+
+
+def _plain_key(key: str, prefix: str) -> str:
+    """A key of the state dict as it is in the plain network."""
+    inner = f"{prefix}{INNER}."
+    return prefix + key[len(inner) :] if key.startswith(inner) else key
+
+
+def _is_forward_of(layer: nn.Module, name: str, value: Any) -> bool:
+    """Whether a layer is given another forward of its own, as detection code does when it has merged its layers."""
+    return name == "forward" and getattr(value, "__self__", None) is layer
+
+
+def _merge_inside(wrapper: Attached, name: str, *args: Any, **options: Any) -> Any:
+    """Call a method that merges the layers inside of a wrapped one, and keep the attention.
+
+    Raises:
+        AttachError: it gives weights for somebody else to merge.
+    """
+    layer = layer_of(wrapper)
+    found = getattr(layer, name)(*args, **options)
+    if isinstance(found, nn.Module):
+        if found is not layer:
+            wrapper.add_module(INNER, found)
+        return wrapper
+    if found is None:
+        # a walk over all modules comes to the layer too, whose parts are gone now
+        vars(layer)[name] = _merged_before
+    elif not args and not options:
+        merging.refuse_weights(wrapper.convattn_site.name, name)
+    return found
+
+
+def _merged_before() -> None:
+    """What the method of a layer that was merged does from then on: nothing."""
 
 
 def like(layer: nn.Module, model: nn.Module) -> torch.Tensor:
@@ -231,18 +290,20 @@ class AttachedMap(Attached):
     """
 
     convattn_pool: Final[str]
+    convattn_dimensions: Final[int]
 
-    def __init__(self, inner: nn.Module, attention: nn.Module, *, pool: str, **options: Any) -> None:
+    def __init__(self, inner: nn.Module, attention: nn.Module, *, pool: str, dimensions: int, **options: Any) -> None:
         super().__init__(inner, attention, **options)
         self.convattn_pool = pool
+        self.convattn_dimensions = dimensions
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's map, shifted."""
         y = self.convattn_inner(x)
         z = self.convattn_map(y)
-        pooled = ops.squeeze(z, self.convattn_pool)
+        pooled = ops.squeeze(z, self.convattn_pool, self.convattn_dimensions)
         shift = torch.nan_to_num(self.attention(z, pooled) - pooled)
-        shifted = z + ops.broadcast(shift, z.dim() - 2)
+        shifted = z + ops.broadcast(shift, self.convattn_dimensions)
         return shifted.movedim(1, -1) if self.convattn_last else shifted
 
 
@@ -370,11 +431,11 @@ class Blended(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """A map to one of the same shape and dtype."""
-        y: torch.Tensor = self.module(x).to(x.dtype)
+        y: torch.Tensor = self.module(x).type_as(x)
         strength = self.strength
         if strength is None:
             return y
-        return x + (strength * torch.nan_to_num(y - x)).to(x.dtype)
+        return x + (strength * torch.nan_to_num(y - x)).type_as(x)
 
 
 class BlendedHead(nn.Module):
@@ -400,11 +461,28 @@ class BlendedHead(nn.Module):
 
     def forward(self, x: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
         """A map and its pooled version to the blended one, of the latter's shape and dtype."""
-        vector = self.vector(x).reshape(pooled.shape).to(pooled.dtype)
+        vector = self.vector(x)
+        if not is_scripting():
+            _check_pooled(vector, pooled)
+        vector = vector.reshape_as(pooled).type_as(pooled)
         strength = self.strength
         if strength is None:
             return vector
-        return pooled + (strength * torch.nan_to_num(vector - pooled)).to(pooled.dtype)
+        return pooled + (strength * torch.nan_to_num(vector - pooled)).type_as(pooled)
+
+
+@torch.jit.unused
+def _check_pooled(vector: torch.Tensor, pooled: torch.Tensor) -> None:
+    """Raise `AttachError` where the network no longer pools to a vector as wide as the head's."""
+    # a trace knows no shapes, or warns of each that is looked at
+    if isinstance(pooled, Proxy) or is_tracing():  # type: ignore[no-untyped-call]
+        return
+    if vector.numel() != pooled.numel():
+        raise AttachError(
+            f"The attached pooling head gives a vector of shape {tuple(vector.shape)}, and the network's own pooling "
+            f"now gives {tuple(pooled.shape)}: it was replaced after the head was attached. convattn.detach the "
+            f"network, or put a global pooling back."
+        )
 
 
 def _name_plainly(module: nn.Module, incompatible: Any) -> None:

@@ -4,6 +4,7 @@ No symbolic tracing: the network runs as it is, with its control flow, in-place 
 operator of PyTorch that runs gives a value; a tensor that was changed in place is another value than before.
 """
 
+import threading
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
@@ -94,6 +95,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # by memory: the values that were written to it in place
         self.written: dict[int, list[int]] = {}
         self.running: list[str] = []
+        # others may run the network meanwhile
+        self.thread = threading.get_ident()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -239,6 +242,8 @@ def _hooks(name: str, module: nn.Module, recorder: _Recorder) -> Iterator[Any]:
     entered: list[tuple[int | None, bool, int]] = []
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() != recorder.thread:
+            return
         tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)]
         alone = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor)
         x = recorder.value(tensors[0]) if tensors else None
@@ -246,6 +251,8 @@ def _hooks(name: str, module: nn.Module, recorder: _Recorder) -> Iterator[Any]:
         recorder.running.append(name)
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if threading.get_ident() != recorder.thread:
+            return
         recorder.running.pop()
         outputs = tuple(recorder.value(tensor) for tensor in _tensors(output))
         x, alone, first = entered.pop()

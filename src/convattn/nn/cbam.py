@@ -104,10 +104,19 @@ class ChannelAttention(Gate):
     def gate(self, x: torch.Tensor) -> torch.Tensor:
         """The channel gate (B, C, 1, ...)."""
         self.check(x)
-        return ops.broadcast(self.of_pools([ops.squeeze(x, pool) for pool in self.pools]), self.dimensions)
+        return ops.broadcast(
+            self.of_pools([ops.squeeze(x, pool, self.dimensions) for pool in self.pools]), self.dimensions
+        )
 
     def of_pools(self, pooled: list[torch.Tensor]) -> torch.Tensor:
         """The gate (B, C) from poolings of the map, each (B, C)."""
+        if not is_scripting():
+            if isinstance(pooled[0], torch.fx.Proxy):
+                # a trace says what the paper says: whoever quantises it finds a range for each pooling
+                logits, *others = [self.fc2(self.activation(self.fc1(one))) for one in pooled]
+                for one in others:
+                    logits = logits + one
+                return torch.sigmoid(logits)
         hidden = self.activation(self.fc1(torch.stack(pooled)))  # [pools, B, hidden]
         if not is_scripting():
             if type(self.fc2) is nn.Linear:
@@ -262,7 +271,8 @@ class SpatialAttention(Gate):
             dimensions=self.dimensions,
             gates=None if window is None else ops.Gates(None, window),
         )
-        self.track(moments, x.numel() // x.shape[1])
+        if moments is not None:
+            self.track(moments, x.numel() // x.shape[1])
         return y
 
 
@@ -403,7 +413,8 @@ class CBAM(Gate):
             dimensions=self.dimensions,
             gates=None if mlp is None or window is None else ops.Gates(mlp, window, parallel),
         )
-        spatial.track(moments, x.numel() // x.shape[1])
+        if moments is not None:
+            spatial.track(moments, x.numel() // x.shape[1])
         return y
 
     @torch.jit.unused

@@ -70,5 +70,5 @@ class DualPool(Head):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The pooled vector (B, features), or the logits (B, classes)."""
         self.check(x)
-        pooled = self.dropout(self.reduce(ops.mean_max(x)))
+        pooled = self.dropout(self.reduce(ops.mean_max(x, self.dimensions)))
         return pooled if self.classifier is None else self.classifier(pooled)  # type: ignore[no-any-return]

@@ -43,7 +43,7 @@ class AvgPool(Head):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The pooled vector (B, C)."""
         self.check(x)
-        return ops.squeeze(x, "mean")
+        return ops.squeeze(x, "mean", self.dimensions)
 
 
 @register("max", "head")
@@ -82,7 +82,7 @@ class MaxPool(Head):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The pooled vector (B, C)."""
         self.check(x)
-        return ops.squeeze(x, "max")
+        return ops.squeeze(x, "max", self.dimensions)
 
 
 @register("avgmax", "head")
@@ -122,7 +122,7 @@ class AvgMaxPool(Head):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The pooled vector (B, C)."""
         self.check(x)
-        return 0.5 * (ops.squeeze(x, "mean") + ops.squeeze(x, "max"))
+        return 0.5 * (ops.squeeze(x, "mean", self.dimensions) + ops.squeeze(x, "max", self.dimensions))
 
 
 @register("concat", "head")
@@ -161,4 +161,4 @@ class ConcatPool(Head):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The pooled vector (B, 2C)."""
         self.check(x)
-        return ops.mean_max(x)
+        return ops.mean_max(x, self.dimensions)

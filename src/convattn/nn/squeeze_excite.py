@@ -72,7 +72,7 @@ class SqueezeExcite(Gate):
     def gate(self, x: torch.Tensor) -> torch.Tensor:
         """The channel gate (B, C, 1, ...)."""
         self.check(x)
-        return ops.broadcast(self._excite([ops.squeeze(x, "mean")]), self.dimensions)
+        return ops.broadcast(self._excite([ops.squeeze(x, "mean", self.dimensions)]), self.dimensions)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The gated map, of the shape, dtype and memory format of `x`."""

@@ -3,15 +3,9 @@
 `reference` is the truth that every other backend must meet; `backends` chooses, and `use` asks for one.
 """
 
-import torch.fx
-
 from convattn.ops.backends import choice, follow, gated, mean_max, normed, takes_norms, use
 from convattn.ops.gates import Gates, Mlp, Norm, Window
 from convattn.ops.reference import POOLS, apply_gate, blend, broadcast, spatial_summary, squeeze
-
-# the number of dimensions is unknown to a symbolic trace
-torch.fx.wrap("squeeze")
-torch.fx.wrap("mean_max")
 
 __all__ = [
     "POOLS",

@@ -171,16 +171,16 @@ def follow(
         var.lerp_(of_var.mul(count / (count - 1)).to(var.dtype), momentum)
 
 
-def mean_max(x: torch.Tensor) -> torch.Tensor:
+def mean_max(x: torch.Tensor, dimensions: int | None = None) -> torch.Tensor:
     """Pool a map (B, C, *spatial) to (B, 2C): the means, then the maxima."""
     if not is_scripting():
-        return _mean_max(x)
-    return reference.mean_max(x)
+        return _mean_max(x, dimensions)
+    return reference.mean_max(x, dimensions)
 
 
-def _mean_max(x: torch.Tensor) -> torch.Tensor:
+def _mean_max(x: torch.Tensor, dimensions: int | None) -> torch.Tensor:
     backend = choice(x)
-    return reference.mean_max(x) if backend == REFERENCE else fused.mean_max(_PLACES[backend].Kernels, x)
+    return reference.mean_max(x, dimensions) if backend == REFERENCE else fused.mean_max(_PLACES[backend].Kernels, x)
 
 
 def _better_than_compiled(x: torch.Tensor, gates: Gates) -> bool:

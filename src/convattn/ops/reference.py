@@ -7,23 +7,19 @@ pooling gave under mixed precision with channels_last. `amax` shares the gradien
 from collections.abc import Callable
 
 import torch
-import torch.fx
 
 from convattn.errors import InvalidOption
-
-# the number of dimensions is unknown to a symbolic trace
-torch.fx.wrap("squeeze")
 
 POOLS = ("mean", "max", "l2", "logsumexp")
 
 
-def squeeze(x: torch.Tensor, pool: str) -> torch.Tensor:
-    """Pool a map (B, C, *spatial) to (B, C).
+def squeeze(x: torch.Tensor, pool: str, dimensions: int | None = None) -> torch.Tensor:
+    """Pool a map (B, C, *spatial) to (B, C); a symbolic trace has to be told the number of spatial dimensions.
 
     `l2` is the square root of the sum of squares and `logsumexp` the logarithm of the sum of exponentials over all
     positions, as in the official CBAM code: sums, not means.
     """
-    dims = list(range(2, x.dim()))
+    dims = list(range(2, x.dim() if dimensions is None else 2 + dimensions))
     if pool == "mean":
         return x.mean(dim=dims)
     if pool == "max":
@@ -35,9 +31,9 @@ def squeeze(x: torch.Tensor, pool: str) -> torch.Tensor:
     raise InvalidOption(f"squeeze: pool must be one of mean, max, l2, logsumexp, got {pool}.")
 
 
-def mean_max(x: torch.Tensor) -> torch.Tensor:
+def mean_max(x: torch.Tensor, dimensions: int | None = None) -> torch.Tensor:
     """Pool a map (B, C, *spatial) to (B, 2C): the means, then the maxima."""
-    return torch.cat([squeeze(x, "mean"), squeeze(x, "max")], dim=1)
+    return torch.cat([squeeze(x, "mean", dimensions), squeeze(x, "max", dimensions)], dim=1)
 
 
 def spatial_summary(x: torch.Tensor) -> torch.Tensor:
@@ -63,7 +59,7 @@ def blend(gate: torch.Tensor, strength: torch.Tensor | None) -> torch.Tensor:
 
 def apply_gate(x: torch.Tensor, gate: torch.Tensor, strength: torch.Tensor | None = None) -> torch.Tensor:
     """Multiply a map with a (blended) gate, in the dtype of the map."""
-    return x * blend(gate, strength).to(x.dtype)
+    return x * blend(gate, strength).type_as(x)
 
 
 def gated(
@@ -92,7 +88,7 @@ def gated(
     """
     y = x
     if channel is not None:
-        gate = channel([squeeze(x, pool) for pool in pools])
+        gate = channel([squeeze(x, pool, dimensions) for pool in pools])
         y = apply_gate(x, broadcast(gate, dimensions), strength)
     if spatial is not None:
         y = apply_gate(y, spatial(spatial_summary(x if parallel else y)), strength)

@@ -1,0 +1,57 @@
+"""What merges layers, such as a convolution and the norm behind it: told by the names of methods and functions.
+
+Detection code, RepVGG and its many descendants have no common class or protocol, only these names.
+"""
+
+import re
+import sys
+
+from convattn.errors import AttachError
+
+# as methods of layers, called without arguments
+METHODS = re.compile(
+    r"(fuse|merge|reparam|re_param|rep_param|structural_reparam|switch_to_deploy|convert_to_deploy|to_deploy|deploy|"
+    r"absorb|get_equivalent_kernel|get_kernel_bias)\w*"
+)
+# as functions that read the weights of layers
+FUNCTIONS = re.compile(r"\w*(fuse|fusion|merge|reparam|absorb|deploy|equivalent_kernel|kernel_bias|fold_)\w*")
+
+
+def refuse_to_merge(site: str, tensor: str) -> None:
+    """Refuse a function that merges layers to read a layer's tensors past the attention behind it.
+
+    Raises:
+        AttachError: the caller's caller is such a function.
+    """
+    name = sys._getframe(2).f_code.co_name.lower()
+    if FUNCTIONS.fullmatch(name):
+        raise AttachError(
+            f"{name} would merge {site!r}, which has attention, with another layer and lose the attention "
+            f"(it reads {tensor!r}): convattn.detach or convattn.fold the network first, or attach at='block', whose "
+            f"layers can be merged. Nothing was merged there."
+        )
+
+
+def refuse_weights(site: str, method: str) -> None:
+    """Refuse to give weights of a layer with attention to somebody who merges them.
+
+    Raises:
+        AttachError: always.
+    """
+    raise AttachError(
+        f"{method}() of {site!r}, which has attention, gives its weights to be merged with others, and the attention "
+        f"would be lost: convattn.detach or convattn.fold the network first. {site!r} was not merged."
+    )
+
+
+def refuse_to_parametrize(site: str) -> None:
+    """Refuse to register a parametrization at a wrapper: it would change the wrapper's class, and take its tensor.
+
+    Raises:
+        AttachError: `torch.nn.utils.parametrize` is asked to do that.
+    """
+    if sys._getframe(3).f_code.co_name == "register_parametrization":
+        raise AttachError(
+            f"{site!r} has attention: register the parametrization at the layer itself, "
+            f"model.get_submodule({site!r}).inner. The model was not changed."
+        )

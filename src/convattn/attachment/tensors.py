@@ -1,0 +1,90 @@
+"""How a wrapper holds tensors: those of its layer by name, and none of them in a walk over modules."""
+
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
+
+# distinctive, since it is taken out of keys wherever it stands
+INNER = "convattn_inner"
+
+
+class LayerName(str):
+    """The name of a wrapped layer: a path to it, and for its tensors the name that it has in the plain network.
+
+    PyTorch names a tensor `name_of_the_module + "." + key`.
+
+    Example:
+        >>> name = LayerName("layer1.0.bn2.convattn_inner")
+        >>> name + "." + "weight"
+        'layer1.0.bn2.weight'
+    """
+
+    def __add__(self, other: str) -> str:
+        plain = self.plain()
+        return plain + other if plain else other.removeprefix(".")
+
+    # the older sharding takes its own prefixes out of a name before it puts a key behind
+    def replace(self, *args: Any) -> str:
+        return self.plain().replace(*args)
+
+    def plain(self) -> str:
+        """The name that the layer has in the plain network."""
+        return self.removesuffix(INNER).removesuffix(".")
+
+
+class LayerTensors(dict[str, Any]):
+    """Parameters or buffers of a wrapper.
+
+    A walk sees what was registered at the wrapper itself, such as the counters of a profiler. By key, the tensors of
+    the layer are there too, to be read, replaced and removed, as pruning and `torch.func.functional_call` do it.
+
+    Args:
+        kind: `"_parameters"` or `"_buffers"`.
+        modules: the wrapper's own dictionary of modules, in which the layer may be replaced.
+        own: what is registered at the wrapper itself.
+    """
+
+    def __init__(self, kind: str, modules: dict[str, Any], own: dict[str, Any] | None = None) -> None:
+        super().__init__(own or {})
+        self.kind = kind
+        self.modules = modules
+
+    def of_layer(self) -> dict[str, Any]:
+        """The layer's own dictionary."""
+        layer = self.modules.get(INNER)
+        return {} if layer is None else vars(layer)[self.kind]
+
+    def has(self, key: object) -> bool:
+        """Whether a tensor is registered at the wrapper itself."""
+        return super().__contains__(key)
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or key in self.of_layer()
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(key) if super().__contains__(key) else self.of_layer()[key]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        try:
+            return self[key]
+        except KeyError:
+            return default
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        layer = self.of_layer()
+        if key in layer and not super().__contains__(key):
+            layer[key] = value
+        else:
+            super().__setitem__(key, value)
+
+    def __delitem__(self, key: str) -> None:
+        if super().__contains__(key):
+            super().__delitem__(key)
+        else:
+            del self.of_layer()[key]
+
+    def pop(self, key: str, *default: Any) -> Any:
+        return super().pop(key, *default) if super().__contains__(key) else self.of_layer().pop(key, *default)
+
+    def __reduce__(self) -> Any:
+        return LayerTensors, (self.kind, self.modules, dict(self))
