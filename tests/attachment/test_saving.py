@@ -724,12 +724,12 @@ def test_a_damaged_file(name: str, damage: str, tmp_path: Path) -> None:
     check_refused(plain, errors.WeightsError, "cannot be read", tmp_path)
 
 
-@pytest.mark.parametrize("number", [0, 2, "1", None])
+@pytest.mark.parametrize("number", [0, 3, "1", None])
 def test_another_format(number: Any, tmp_path: Path) -> None:
     plain = saved(tmp_path)
     described(tmp_path, lambda about: about.update(format=number))
     message = check_refused(plain, errors.WeightsError, f"has the format {number}, written by convattn", tmp_path)
-    assert f"convattn {convattn.__version__}; this version reads format 1" in message
+    assert f"convattn {convattn.__version__}; this version reads formats 1 and 2" in message
 
 
 @pytest.mark.parametrize("content", ["[]", "1", '"text"', "null", "{}", '{"format": 1}'])
