@@ -61,7 +61,7 @@ def read(path: Path) -> Saved:
         WeightsError: it is damaged, or of another version.
     """
     try:
-        about = json.loads(path.read_bytes())
+        about = json.loads(path.read_bytes(), parse_constant=_number)
     except (ValueError, OSError) as error:
         raise WeightsError(f"{path.parent} cannot be read ({checks.reason(error)}). {UNCHANGED}") from error
     if not isinstance(about, dict) or not {"format", "base", "sites"} <= about.keys():
@@ -116,6 +116,7 @@ def _site(described: Any, where: str) -> Site:
         site.channels > 0 and site.stage != 0 and (site.stage or 1) > 0, f"{where} has channels or a stage below 1"
     )
     _require(min(site.parameters, site.multiply_adds, found.width) >= 0, f"{where} has a negative count")
+    _require(found.width > 0 or site.place != "pool", f"{where}.found.width must be positive")
     dtype = getattr(torch, found.dtype, None) if found.dtype else torch.float32
     is_dtype = isinstance(dtype, torch.dtype) and dtype.is_floating_point
     _require(is_dtype, f"{where}.found.dtype is no dtype of floating-point numbers")
@@ -172,6 +173,12 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     expected = origin or hint
     _require(type(value) is expected or (expected is float and type(value) is int), f"{where} has the wrong type")
     return value
+
+
+def _number(constant: str) -> float:
+    """Infinity is the limit of some activations; no setting is NaN."""
+    _require(constant != "NaN", "a setting is NaN")
+    return float(constant)
 
 
 def _digest(about: dict[str, Any]) -> str:

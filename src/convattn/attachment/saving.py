@@ -260,8 +260,6 @@ def _restored(own: Tensors, values: Tensors, folder: Path) -> Iterator[None]:
 
 
 def _copy(tensor: torch.Tensor, value: torch.Tensor, failure: str) -> None:
-    if tensor.is_meta:
-        raise WeightsError(f"{failure} (it is on the device meta). {UNCHANGED}")
     try:
         with torch.no_grad():
             tensor.copy_(value)
@@ -272,6 +270,11 @@ def _copy(tensor: torch.Tensor, value: torch.Tensor, failure: str) -> None:
 
 
 def _refuse_another(model: nn.Module, base: Tensors, saved: Saved, folder: Path, weights: str) -> None:
+    if any(one.is_meta for one in base.values()):
+        raise WeightsError(
+            f"{type(model).__name__} is on the device meta, which holds no weights: give it memory with "
+            f"to_empty(device=...) and its weights, then load. {UNCHANGED}"
+        )
     there, here = saved.base, _fingerprint(base)
     missing, added = [key for key in there if key not in here], [key for key in here if key not in there]
     missing += [key for key in saved.trained if key not in base and key not in there]
