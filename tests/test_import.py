@@ -32,6 +32,7 @@ def test_public_names() -> None:
         "parameter_groups",
         "plan",
         "save",
+        "unfreeze_base",
     ]
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         parameter_groups,
         plan,
         save,
+        unfreeze_base,
     )
     from convattn.errors import ConvattnError
     from convattn.layouts import module_from
@@ -45,6 +46,7 @@ _HOMES = {
     "parameter_groups": "convattn.attachment",
     "plan": "convattn.attachment",
     "save": "convattn.attachment",
+    "unfreeze_base": "convattn.attachment",
 }
 _ROOMS = ("attachment", "compare", "cost", "data", "errors", "layouts", "networks", "nn", "ops", "reporting", "showing")
 
@@ -64,6 +66,7 @@ __all__ = [
     "parameter_groups",
     "plan",
     "save",
+    "unfreeze_base",
 ]
 
 

@@ -3,7 +3,8 @@
 import copy
 import dataclasses
 import json
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import convattn
-from convattn import attach, detach, errors, load, save
-from convattn.attachment import attached
+from convattn import attach, detach, errors, freeze_base, load, parameter_groups, save, unfreeze_base
+from convattn.attachment import attached, descriptions
 from tolerances import is_close
 
 ABOUT, WEIGHTS = "attention.json", "attention.safetensors"
@@ -676,6 +677,242 @@ def test_a_choice_of_weights(tmp_path: Path) -> None:
         load(Network(), tmp_path, weights="none")
 
 
+# what was trained beside attention
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    return images(), torch.tensor([0, 3])
+
+
+def trained(model: nn.Module, steps: int = 3) -> nn.Module:
+    """After some steps in train mode, of everything that can be trained."""
+    x, labels = batch()
+    optimizer = torch.optim.SGD(parameter_groups(model, lr=0.05, gate_lr=0.5), momentum=0.9)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model.train()(x), labels).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def with_fresh_classifier(model: nn.Module) -> nn.Module:
+    """A copy whose classifier has other random numbers."""
+    fresh = copy.deepcopy(model)
+    fresh.head.reset_parameters()
+    return fresh
+
+
+@pytest.mark.parametrize("attention", ["cbam", "se+dual"])
+@pytest.mark.parametrize("pooling", ["layer", "function", "functions"])
+def test_what_freezing_kept_comes_back(attention: str, pooling: str, tmp_path: Path) -> None:
+    plain, x = randomised(Network(pooling)), images()
+    model = trained(freeze_base(attach(with_fresh_classifier(plain), attention, activation="gelu", reduction=2)))
+    written = safetensors.torch.load_file(save(model, tmp_path) / WEIGHTS)
+    assert sorted(written) == sorted([*added(model), "head.weight", "head.bias"])
+    fresh = load(plain, tmp_path)
+    assert same(fresh, model) and torch.equal(fresh(x), model(x))
+    moving = [wrapper.attention.strength.item() for _, wrapper in attached(fresh)]
+    assert all(moving) and not is_close(detach(copy.deepcopy(fresh))(x), fresh(x))
+
+
+def test_weights_of_the_base_are_still_compared(tmp_path: Path) -> None:
+    plain = randomised(Network())
+    model = trained(freeze_base(attach(copy.deepcopy(plain), "se")))
+    save(model, tmp_path)
+    for change, match in ((scaled, "stem.weight"), (with_statistics, "layer2.0.bn1.running_mean")):
+        other = with_fresh_classifier(plain)
+        change(other)
+        message = check_refused(other, errors.WeightsError, rf"1 tensor \({match}\) of", tmp_path)
+        assert "whole=True" in message and "weights='any', which gives another output" in message
+        # what was saved comes back all the same
+        assert torch.equal(load(other, tmp_path, weights="any").head.weight, model.head.weight)
+    wide = copy.deepcopy(plain)
+    widened(wide)
+    check_refused(wide, errors.WeightsError, r"2 tensors \(head.weight, ...\) of another shape", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "keep, expected",
+    [
+        (None, set()),
+        (["head.bias"], {"head.bias"}),
+        (["layer2.1.bn1"], {f"layer2.1.bn1.{name}" for name in ("weight", "bias", "running_mean", "running_var")}),
+    ],
+)
+def test_what_is_kept_is_saved(keep: list[str] | None, expected: set[str], tmp_path: Path) -> None:
+    plain, x = randomised(Network()), images()
+    model = trained(freeze_base(attach(copy.deepcopy(plain), "cbam"), keep=keep))
+    written = safetensors.torch.load_file(save(model, tmp_path) / WEIGHTS)
+    assert {key for key in written if ".attention." not in key and "num_batches" not in key} == expected
+    assert torch.equal(load(plain, tmp_path)(x), model(x))
+
+
+def with_averages(model: nn.Module) -> nn.Module:
+    # as moving averages of weights are made
+    return copy.deepcopy(model).requires_grad_(False)
+
+
+def with_other_classifier(model: nn.Module) -> nn.Module:
+    model.head = nn.Linear(16, 5)
+    return trained(model)
+
+
+@pytest.mark.parametrize(
+    "change", [with_averages, with_other_classifier, torch.compile, nn.DataParallel, lambda model: pickled(model)]
+)
+def test_what_is_kept_is_saved_after_other_changes(change: Callable[..., nn.Module], tmp_path: Path) -> None:
+    plain, x = randomised(Network()), images()
+    model = trained(freeze_base(attach(copy.deepcopy(plain), "se")))
+    changed = change(model)
+    y = (changed if change in (with_averages, with_other_classifier) else model)(x)
+    fresh = load(with_fresh_classifier(plain), save(changed, tmp_path))
+    assert torch.equal(fresh(x), y) and not torch.equal(fresh.head.weight, plain.head.weight)
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def test_a_network_whose_base_was_trained(tmp_path: Path) -> None:
+    plain, x = randomised(Network()), images()
+    model = trained(attach(copy.deepcopy(plain), "cbam+dual", activation="gelu", reduction=2))
+    # attention alone does not compute the same on the network before
+    message = check_refused(plain, errors.WeightsError, "with other weights", save(model, tmp_path / "alone"))
+    assert "where the base was trained too, save it with whole=True" in message
+    save(model, tmp_path / "whole", whole=True)
+    written = safetensors.torch.load_file(tmp_path / "whole" / WEIGHTS)
+    assert sorted(written) == sorted(model.state_dict())
+    # into any network of that architecture, statistics and counts of steps included
+    fresh = load(Network().eval(), tmp_path / "whole")
+    assert same(fresh, model) and torch.equal(fresh(x), model(x))
+    assert torch.equal(fresh.norm.num_batches_tracked, torch.tensor(3))
+    # in train mode as well
+    assert torch.equal(fresh.train()(x), model.train()(x)) and same(fresh, model)
+
+
+def test_the_usual_stages_are_saved(tmp_path: Path) -> None:
+    plain, x = randomised(Network()), images()
+    model = trained(unfreeze_base(trained(freeze_base(attach(copy.deepcopy(plain), "cbam")))))
+    assert not torch.equal(model.stem.weight, plain.stem.weight)
+    # it is known that the base was trained
+    fresh = load(Network().eval(), save(model, tmp_path / "first"))
+    assert same(fresh, model) and torch.equal(fresh(x), model(x))
+    # and that it came from a folder
+    assert same(load(Network().eval(), save(fresh, tmp_path / "second")), model)
+    # frozen again, the base is what the second folder has of it
+    again = trained(freeze_base(load(copy.deepcopy(plain), tmp_path / "first")))
+    base = load(Network().eval(), tmp_path / "first")
+    assert len(safetensors.torch.load_file(save(again, tmp_path / "third") / WEIGHTS)) == 2 + len(added(again))
+    assert torch.equal(load(detach(base), tmp_path / "third")(x), again(x))
+
+
+def test_a_base_that_was_made_trainable_by_hand_is_saved(tmp_path: Path) -> None:
+    plain, x = randomised(Network()), images()
+    model = trained(freeze_base(attach(copy.deepcopy(plain), "se")).requires_grad_(True))
+    assert torch.equal(load(with_fresh_classifier(plain), save(model, tmp_path))(x), model(x))
+
+
+def test_a_loaded_network_can_be_saved_again(tmp_path: Path) -> None:
+    plain, x = randomised(Network()), images()
+    model = trained(freeze_base(attach(copy.deepcopy(plain), "se")))
+    first = load(copy.deepcopy(plain), save(model, tmp_path / "first"))
+    assert torch.equal(load(copy.deepcopy(plain), save(first, tmp_path / "second"))(x), model(x))
+    # of attention alone nothing else
+    alone = load(copy.deepcopy(plain), save(attach(copy.deepcopy(plain), "se"), tmp_path / "alone"))
+    assert sorted(safetensors.torch.load_file(save(alone, tmp_path / "again") / WEIGHTS)) == sorted(added(alone))
+
+
+def test_tensors_of_every_kind_in_a_whole_network(tmp_path: Path) -> None:
+    plain, x = randomised(Network()), images()
+    for dtype in (torch.bool, torch.int64, torch.bfloat16, torch.complex64):
+        plain.register_buffer(f"some_{str(dtype)[6:]}", torch.ones(3, 2).to(dtype).t())
+    plain.register_buffer("expanded", torch.ones(1).expand(5))
+    # tied, and with a sign that zero has
+    plain.again = plain.head
+    with torch.no_grad():
+        plain.head.bias[0] = -0.0
+    model = trained(attach(copy.deepcopy(plain), "se"), steps=0)
+    save(model, tmp_path, whole=True)
+    fresh = copy.deepcopy(plain)
+    with torch.no_grad():
+        for one in (fresh.head.bias, fresh.some_bool, fresh.some_complex64):
+            one.zero_()
+    assert same(load(fresh, tmp_path), model) and torch.equal(fresh(x), model(x))
+    assert torch.signbit(fresh.head.bias[0]) and fresh.again.weight is fresh.head.weight
+    # what cannot be written to is no reason to stop half way
+    other = copy.deepcopy(plain)
+    other.expanded = torch.zeros(1).expand(5)
+    check_refused(other, errors.WeightsError, "'expanded' of the network cannot be written to", tmp_path)
+
+
+def test_what_cannot_be_saved(tmp_path: Path) -> None:
+    class Counting(nn.Conv2d):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"steps": 3}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            pass
+
+    model = Network()
+    model.stem = Counting(3, 8, 3, padding=1)
+    with pytest.warns(UserWarning, match="only tensors are saved, and not stem._extra_state"):
+        save(attach(model, "se"), tmp_path / "state", whole=True)
+    model = attach(Network(), "se")
+    model.register_buffer("large", torch.ones(1, dtype=torch.complex128))
+    with pytest.raises(errors.InvalidOption, match=r"a tensor cannot be written to safetensors .*complex128"):
+        save(model, tmp_path / "complex", whole=True)
+    assert not (tmp_path / "complex").exists()
+    layer = attach(Network(), "se").layer1[0].bn2
+    with pytest.raises(errors.AttachError, match="BatchNorm2d has attention on itself: save the network"):
+        save(layer, tmp_path / "layer")
+
+
+def test_a_failure_while_weights_are_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = randomised(Network())
+    save(trained(attach(copy.deepcopy(plain), "se")), tmp_path, whole=True)
+
+    def failing(*args: Any) -> None:
+        raise MemoryError
+
+    before = state(plain)
+    monkeypatch.setattr("convattn.attachment.saving.exchange", failing)
+    with pytest.raises(MemoryError):
+        load(plain, tmp_path)
+    check_unchanged(before, plain)
+
+
+def test_a_network_without_memory(tmp_path: Path) -> None:
+    save(attach(randomised(Network()), "se"), tmp_path, whole=True)
+    with torch.device("meta"):
+        model = Network()
+    with pytest.raises(errors.WeightsError, match="Network is on the device meta, which holds no weights"):
+        load(model, tmp_path)
+    assert not attached(model)
+
+
+def as_format_1(folder: Path) -> Path:
+    """As it was written before tensors of the network could be."""
+
+    def older(about: dict[str, Any]) -> None:
+        for name in ("tensors", "digest"):
+            del about[name]
+        assert about["base"].pop("trained") == []
+        about["format"] = 1
+
+    described(folder, older)
+    return folder
+
+
+@pytest.mark.parametrize("attention", ["cbam+dual", "se"])
+def test_folders_of_format_1(attention: str, tmp_path: Path) -> None:
+    plain = randomised(Network())
+    model = moved(attach(copy.deepcopy(plain), attention))
+    as_format_1(save(model, tmp_path))
+    assert sorted(json.loads((tmp_path / ABOUT).read_text())) == ["base", "convattn", "format", "sites", "torch"]
+    fresh, x = load(plain, tmp_path), images()
+    assert same(fresh, model) and torch.equal(fresh(x), model(x))
+
+
 # damage
 
 
@@ -724,12 +961,12 @@ def test_a_damaged_file(name: str, damage: str, tmp_path: Path) -> None:
     check_refused(plain, errors.WeightsError, "cannot be read", tmp_path)
 
 
-@pytest.mark.parametrize("number", [0, 2, "1", None])
+@pytest.mark.parametrize("number", [0, 3, "1", None])
 def test_another_format(number: Any, tmp_path: Path) -> None:
     plain = saved(tmp_path)
     described(tmp_path, lambda about: about.update(format=number))
     message = check_refused(plain, errors.WeightsError, f"has the format {number}, written by convattn", tmp_path)
-    assert f"convattn {convattn.__version__}; this version reads format 1" in message
+    assert f"convattn {convattn.__version__}; this version reads formats 1 and 2" in message
 
 
 @pytest.mark.parametrize("content", ["[]", "1", '"text"', "null", "{}", '{"format": 1}'])
@@ -795,3 +1032,245 @@ def test_weights_that_do_not_fit(change: Callable[[dict[str, torch.Tensor]], Any
     # nothing is left of the failure: the next one loads
     save(attach(copy.deepcopy(plain), "se"), tmp_path)
     assert len(attached(load(plain, tmp_path))) == 4
+
+
+class Small(nn.Module):
+    """One block, pooled by a function after another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.block = Block(8, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(F.leaky_relu(self.block(self.stem(x)), 0.3).mean((2, 3)))
+
+
+NOTHING = object()
+DEEP = "nested deeply"
+WRONG = (
+    NOTHING,
+    None,
+    True,
+    False,
+    -1,
+    0,
+    3,
+    10**30,
+    1.5,
+    float("nan"),
+    "",
+    "unknown",
+    "two\nlines",
+    [],
+    {},
+    [[1]],
+    DEEP,
+)
+
+
+def paths(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where every field of a description is, but of the tensors by name only the first and the last."""
+    if path:
+        yield path
+    if isinstance(tree, dict | list):
+        items = list(tree.items() if isinstance(tree, dict) else enumerate(tree))
+        for key, value in items[:: max(1, len(items) - 1)] if path[-1:] == ("tensors",) else items:
+            yield from paths(value, (*path, key))
+
+
+def mutated(about: dict[str, Any], path: tuple[Any, ...], value: Any) -> str:
+    """A description with another value at one place, as text."""
+    about = copy.deepcopy(about)
+    *way, last = path
+    place: Any = about
+    for key in way:
+        place = place[key]
+    if value is NOTHING:
+        del place[last]
+    else:
+        place[last] = value
+    if "digest" in about and value is not DEEP:
+        # so that it looks as if it had been written so
+        about["digest"] = descriptions._digest(about)
+    return json.dumps(about).replace(json.dumps(DEEP), "[" * 100_000 + "]" * 100_000)
+
+
+def check_harmless_or_refused(plain: nn.Module, folder: Path, x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether it loads, and then computes the same; else one line says why not, and the network is as it was."""
+    before, model = state(plain), plain
+    try:
+        model = load(copy.deepcopy(plain), folder)
+    except errors.ConvattnError:
+        with pytest.raises(errors.ConvattnError) as caught:
+            load(plain, folder)
+        message = str(caught.value)
+        # the folder of a test has a long name
+        assert len(message.splitlines()) == 1 and len(message) < 900
+        assert message.endswith("The model was not changed.")
+        check_unchanged(before, plain)
+        return False
+    assert torch.equal(model(x), y)
+    return True
+
+
+def small(folder: Path, keep: str | None = "classifier") -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """A plain network, of which attention and a trained classifier lie in a folder, and what these compute."""
+    plain, x = randomised(Small()), images()
+    model = freeze_base(attach(copy.deepcopy(plain), "cbam+dual", reduction=8, kernel_size=3), keep=keep)
+    with torch.no_grad():
+        for name, parameter in moved(model).named_parameters():
+            if name.startswith("head.") and parameter.requires_grad:
+                parameter.normal_()
+    save(model, folder)
+    return plain, x, model(x)
+
+
+# all of them in `make test-all`
+@pytest.mark.parametrize("step", [6, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [1, 2])
+def test_every_field_of_a_description_may_be_wrong(number: int, step: int, tmp_path: Path) -> None:
+    plain, x, y = small(tmp_path, None if number == 1 else "classifier")
+    if number == 1:
+        as_format_1(tmp_path)
+    about = json.loads((tmp_path / ABOUT).read_text())
+    # after a block that ends in ReLU, any slope of the leaky one gives the same
+    assert [site["side"] for site in about["sites"]] == ["after", "vector"]
+    assert about["sites"][1]["found"]["functions"] == [["leaky_relu", [0.3], []]]
+    mutations = [(path, value) for path in paths(about) for value in WRONG if path != ("digest",)][::step]
+    loaded = 0
+    for path, value in mutations:
+        # with `alone` false the same is computed, with other rounding
+        if path[-1] != "alone" or value is not False:
+            (tmp_path / ABOUT).write_text(mutated(about, path, value))
+            loaded += check_harmless_or_refused(plain, tmp_path, x, y)
+    # some fields are there to be read by people
+    assert len(mutations) * step > 1500 and 0 < loaded < 0.1 * len(mutations)
+
+
+def test_a_description_that_was_changed_after_it_was_written(tmp_path: Path) -> None:
+    plain, _, _ = small(tmp_path)
+    described(tmp_path, lambda about: about["sites"][0].update(parameters=3))
+    check_refused(plain, errors.WeightsError, f"{ABOUT} was changed after", tmp_path)
+    described(tmp_path, lambda about: about.pop("digest"))
+    check_refused(plain, errors.WeightsError, f"{ABOUT} was changed after", tmp_path)
+
+
+def swapped(tensors: dict[str, torch.Tensor]) -> None:
+    one, other = "block.bn2.attention.strength", "head.attention.strength"
+    tensors[one], tensors[other] = tensors[other], tensors[one]
+
+
+def cast(dtype: torch.dtype) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.update({key: value.to(dtype) for key, value in tensors.items()})
+
+
+SURPLUS = {"block.bn1.attention.strength": torch.ones(1)}
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (swapped, r"2 tensors .* changed"),
+        (lambda tensors: tensors["head.bias"].add_(1), r"1 tensor \(head.bias\) changed"),
+        (
+            lambda tensors: tensors["head.attention.head.reduce.bias"].fill_(float("nan")),
+            r"1 tensor \(.*bias\) changed",
+        ),
+        (lambda tensors: tensors.update(SURPLUS), r"1 tensor \(block.bn1.attention.strength\) of no site"),
+        (lambda tensors: tensors.update({"stem.bias": torch.ones(8)}), r"1 tensor \(stem.bias\) of no site"),
+        (lambda tensors: tensors.pop("head.weight"), "of the network do not fit .'head.weight' is missing"),
+        (lambda tensors: tensors.update({"head.weight": torch.ones(5)}), r"has the shape \[5\], where \[5, 8\]"),
+        (cast(torch.int64), "do not fit .'head.bias' is int64, where float32 is expected"),
+        (cast(torch.float64), "do not fit .'head.bias' is float64, where float32 is expected"),
+    ],
+)
+def test_other_tensors_than_were_saved(
+    change: Callable[[dict[str, torch.Tensor]], Any], match: str, tmp_path: Path
+) -> None:
+    plain, _, _ = small(tmp_path)
+    weighted(tmp_path, change)
+    check_refused(plain, errors.WeightsError, match, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (lambda tensors: tensors.update(SURPLUS), r"1 tensor \(block.bn1.attention.strength\) of no site"),
+        (lambda tensors: tensors.update({"head.bias": torch.ones(5)}), r"1 tensor \(head.bias\) of no site"),
+        (cast(torch.int64), "at 'block.bn2' do not fit .'strength' is int64, where float32 is expected"),
+        (cast(torch.bool), "is bool, where float32 is expected"),
+    ],
+)
+@pytest.mark.parametrize("weights", ["same", "any"])
+def test_other_tensors_in_folders_of_format_1(
+    change: Callable[[dict[str, torch.Tensor]], Any], match: str, weights: str, tmp_path: Path
+) -> None:
+    plain, _, _ = small(tmp_path, None)
+    as_format_1(tmp_path)
+    weighted(tmp_path, change)
+    check_refused(plain, errors.WeightsError, match, tmp_path, weights=weights)
+
+
+def test_every_part_of_the_weights_may_be_damaged(tmp_path: Path) -> None:
+    plain, x, y = small(tmp_path)
+    content = (tmp_path / WEIGHTS).read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    spots = torch.randperm(len(content), generator=generator)[:60].tolist()
+    damaged = [content[:spot] + bytes([content[spot] ^ 16]) + content[spot + 1 :] for spot in spots]
+    damaged += [content[:spot] for spot in spots[:20]] + [content + b"more", content[8:], content[::-1]]
+    loaded = 0
+    for one in damaged:
+        (tmp_path / WEIGHTS).write_bytes(one)
+        loaded += check_harmless_or_refused(plain, tmp_path, x, y)
+    assert loaded < 3
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (lambda site: site.update(side="above") or site["found"].update(side="above"), "side must be one of after, "),
+        (lambda site: site.update(name="") or site["found"].update(name=""), "name is no name of a layer"),
+        (lambda site: site.update(attention="sse"), "No attention or pooling head is called 'sse'. Did you mean"),
+        (lambda site: site.update(attention="dual"), "no head can stand at 'block.bn2'"),
+        (lambda site: site["options"].update(kernel_size=10**9 + 1), "'spatial.conv.weight' has the shape"),
+        (lambda site: site["options"].update(reduction="2"), "no module can be made for 'block.bn2' .InvalidOption"),
+        (lambda site: site["found"].update(dtype="int32"), "found.dtype is no dtype of floating-point numbers"),
+        (lambda site: site.update(more=1), "unknown field"),
+    ],
+)
+def test_sites_that_no_network_has(change: Callable[[dict[str, Any]], Any], match: str, tmp_path: Path) -> None:
+    plain, _, _ = small(tmp_path)
+    described(tmp_path, lambda about: change(about["sites"][0]))
+    message = check_refused(plain, errors.WeightsError, match, tmp_path)
+    assert "attention.json" in message or "spatial.conv.weight" in message
+
+
+def test_a_site_that_is_described_twice(tmp_path: Path) -> None:
+    plain, _, _ = small(tmp_path)
+    described(tmp_path, lambda about: about["sites"].append(about["sites"][0]))
+    check_refused(plain, errors.WeightsError, "describes a layer twice", tmp_path)
+    # a layer that gives the map of one site cannot be another
+    described(tmp_path, lambda about: about["sites"].pop())
+    described(tmp_path, lambda about: about["sites"][1]["found"].update(source="block.bn2"))
+    check_refused(plain, errors.WeightsError, "describes a layer twice", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ["set_", [3], []],
+        ["native_dropout", [0.5, True], []],
+        ["zero_", [], []],
+        ["from_file", ["name"], []],
+        ["leaky_relu", ["x"], []],
+        ["leaky_relu", [0.1, 0.2, 0.3], []],
+        ["relu", [], [["out", 1]]],
+        ["__class__", [], []],
+    ],
+)
+def test_only_activations_are_run_by_name(call: list[Any], tmp_path: Path) -> None:
+    plain, _, _ = small(tmp_path)
+    described(tmp_path, lambda about: about["sites"][1]["found"].update(functions=[call]))
+    check_refused(plain, errors.WeightsError, "found.functions has ", tmp_path)

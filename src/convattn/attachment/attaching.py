@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from convattn.attachment import freezing
 from convattn.attachment.guard import Children, guard
 from convattn.attachment.plans import UNCHANGED, Plan, Site, Where, built, plan, signature
 from convattn.attachment.wrapper import (
@@ -107,6 +108,8 @@ def attach(
 def detach(model: nn.Module) -> nn.Module:
     """Take all attention out again, in place, and return the model with the very same layers as before.
 
+    What `freeze_base` froze is as it was before that, too.
+
     Example:
         >>> from convattn import networks
         >>> network = networks.resnet20()
@@ -116,6 +119,7 @@ def detach(model: nn.Module) -> nn.Module:
     """
     with LOCK:
         exchange(model, [(module, layer_of(module)) for module in model.modules() if isinstance(module, Attached)])
+        freezing.release(model)
     return model
 
 

@@ -16,6 +16,7 @@ from convattn.attachment.wrapper import ATTENTION, Attached, Functions, layer_of
 from convattn.networks.watching import Call, Value
 
 PLACES = ("residual", "residual-pre", "residual-post", "shortcut", "block", "stage", "final", "layer", "pool")
+SIDES = ("after", "before", "shortcut", "pool", "map", "vector")
 
 
 @dataclass(frozen=True)
