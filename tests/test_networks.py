@@ -133,9 +133,135 @@ def test_torchvision_keeps_its_classes() -> None:
         assert create("torchvision:resnet18", classes=1000).fc.out_features == 1000
 
 
-def test_torchvision_without_linear_classifier() -> None:
-    with pytest.raises(errors.InvalidOption, match=r"torchvision:squeezenet1_1 has no linear classifier"):
-        create("torchvision:squeezenet1_1", classes=5)
+@pytest.mark.parametrize(
+    "name, match",
+    [
+        ("raft_small", "torchvision:raft_small has no classifier whose number of classes could be set"),
+        ("retinanet_resnet50_fpn", "torchvision:retinanet_resnet50_fpn is a detector: build it with its own"),
+    ],
+)
+def test_torchvision_without_classifier(name: str, match: str) -> None:
+    with pytest.raises(errors.InvalidOption, match=match):
+        create(f"torchvision:{name}", classes=5)
+
+
+# a new classifier
+
+
+def first_loss(network: nn.Module, seed: int = 0) -> float:
+    """The loss in training mode on random images with random labels of two classes, before any step."""
+    generator = torch.Generator().manual_seed(seed)
+    side = network.input_size if network.__class__.__name__.startswith("Levit") else 64
+    images = torch.randn(16, 3, side, side, generator=generator)
+    labels = torch.randint(0, 2, (16,), generator=generator)
+    return nn.functional.cross_entropy(network.train()(images), labels).item()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "timm:tf_efficientnet_lite0",
+        "timm:mobilenetv3_small_100",
+        "timm:convnext_atto",
+        "timm:resnet18",
+        "timm:ghostnet_050",
+        "timm:levit_128s",
+        "torchvision:mobilenet_v3_small",
+        "torchvision:efficientnet_b0",
+        "torchvision:mnasnet0_5",
+        "torchvision:squeezenet1_1",
+        "torchvision:shufflenet_v2_x0_5",
+    ],
+)
+def test_training_starts_at_the_loss_of_a_guess(name: str) -> None:
+    torch.manual_seed(0)
+    network = create(name, classes=2)
+    # of a guess it is 0.69; with the classifier that timm's constructor draws for tf_efficientnet_lite0 it is 7
+    assert first_loss(network) < 1.2
+
+
+def state_of(network: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "ghostnet_050", "levit_128s"])
+def test_classifier_is_that_of_timms_own_call(name: str) -> None:
+    torch.manual_seed(3)
+    theirs = timm.create_model(name)
+    theirs.reset_classifier(7)
+    torch.manual_seed(3)
+    ours = create(f"timm:{name}", classes=7)
+    assert ours.num_classes == 7
+    expected = theirs.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:resnet18", "torchvision:efficientnet_b0", "resnet20"])
+def test_own_number_of_classes_keeps_the_classifier(name: str) -> None:
+    states = []
+    for classes in (None, 10 if name == "resnet20" else 1000):
+        torch.manual_seed(5)
+        states.append(state_of(create(name, classes=classes)))
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+@pytest.mark.filterwarnings("ignore:The default weight initialization of GoogleNet:FutureWarning")
+@pytest.mark.parametrize("name", ["timm:tf_efficientnet_lite0", "torchvision:squeezenet1_1", "torchvision:googlenet"])
+def test_same_seed_gives_the_same_network(name: str) -> None:
+    states = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        states.append(state_of(create(name, classes=3)))
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    torch.manual_seed(5)
+    own = create(name).state_dict()
+    # what is not of the classifier is what the seed gives without it
+    assert all(torch.equal(value, own[key]) for key, value in states[0].items() if value.shape == own[key].shape)
+
+
+def test_global_pool_is_kept() -> None:
+    assert create("timm:resnest14d", classes=3).global_pool.pool_type == "avg"
+
+    class Older(nn.Module):
+        """As networks of older versions of timm: what is left out means average pooling."""
+
+        global_pool = "catavgmax"
+
+        def reset_classifier(self, num_classes: int, global_pool: str = "avg") -> None:
+            self.num_classes, self.global_pool = num_classes, global_pool
+
+    older = Older()
+    networks._reset_classifier(older, "older", 4)
+    assert (older.num_classes, older.global_pool) == (4, "catavgmax")
+
+
+def test_distilled_heads_are_kept() -> None:
+    with torch.device("meta"):
+        repvit, levit = create("timm:repvit_m1", classes=3), create("timm:levit_128s", classes=3)
+    assert [layer.out_features for layer in repvit.modules() if isinstance(layer, nn.Linear)] == [3, 3]
+    assert levit.head.linear.out_features == levit.head_dist.linear.out_features == 3
+
+
+@pytest.mark.filterwarnings("ignore:The default weight initialization of GoogleNet:FutureWarning")
+def test_auxiliary_heads_have_as_many_classes() -> None:
+    network = create("torchvision:googlenet", classes=3)
+    widths = [network.fc.out_features, network.aux1.fc2.out_features, network.aux2.fc2.out_features]
+    assert widths == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    "name, classifier", [("timm:tf_efficientnet_lite0", "classifier"), ("torchvision:resnet18", "fc")]
+)
+def test_new_classifier_beside_pretrained_weights(name: str, classifier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    theirs = create(name)
+    for module, function in ((timm, "create_model"), (torchvision.models, "get_model")):
+        monkeypatch.setattr(module, function, lambda *_, **__: theirs)
+    before = state_of(theirs)
+    network = create(name, classes=2, weights="pretrained")
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, before[key]) is not key.startswith(classifier), key
+    assert network.get_submodule(classifier).weight.abs().max() < 0.05
 
 
 @pytest.mark.parametrize("weights", [None, "none"])
@@ -358,6 +484,28 @@ def test_other_number_of_classes_keeps_the_classifier_fresh(tmp_path: Path) -> N
         network = create("resnet20", classes=4, weights=path)
     for key, value in network.state_dict().items():
         assert torch.equal(value, (fresh if key.startswith("linear") else original).state_dict()[key]), key
+
+
+@pytest.mark.filterwarnings("ignore:The default weight initialization of GoogleNet:FutureWarning")
+@pytest.mark.parametrize(
+    "name, classifiers",
+    [
+        ("timm:tf_efficientnet_lite0", "classifier"),
+        ("timm:levit_128s", "head.linear' and 'head_dist.linear"),
+        ("torchvision:squeezenet1_1", "classifier.1"),
+        ("torchvision:googlenet", "aux1.fc2' and 'aux2.fc2' and 'fc"),
+    ],
+)
+def test_other_number_of_classes_for_others(tmp_path: Path, name: str, classifiers: str) -> None:
+    theirs = create(name).state_dict()
+    path = written(tmp_path, theirs, "w.safetensors")
+    torch.manual_seed(3)
+    fresh = create(name, classes=2).state_dict()
+    torch.manual_seed(3)
+    with pytest.warns(UserWarning, match=f"classifies 1000 classes, not 2: the classifier '{re.escape(classifiers)}'"):
+        network = create(name, classes=2, weights=path)
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, (fresh if value.shape != theirs[key].shape else theirs)[key]), key
 
 
 class Unsafe:

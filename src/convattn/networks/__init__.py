@@ -52,7 +52,8 @@ def create(name: str, *, classes: int | None = None, weights: str | Path | None 
         name: one of ours (`"resnet20"`, 32, 44, 56, 110), `"timm:NAME"`, `"torchvision:NAME"`, or
             `"FILE.py:function"`, a function that returns a network and may take `classes` or `num_classes`;
             a bare name is ours first, then timm's.
-        classes: width of the classifier; None leaves the network's own.
+        classes: width of the classifier; None leaves the network's own. Another number than its own gives a new
+            classifier with random weights, as timm's `reset_classifier` and torchvision's guide to fine-tuning do.
         weights: `"pretrained"`, `"none"` or None for random ones, or a file: safetensors, or a pickle of tensors.
 
     Raises:
@@ -158,8 +159,9 @@ def _timm(name: str, classes: int | None, pretrained: bool, more: Mapping[str, A
         raise UnknownName(
             f"No weights of timm are called {name!r}. {checks.suggestion(name, timm.list_pretrained())}"
         ) from error
-    options = dict(more) if classes is None else {"num_classes": classes, **more}
-    network = _fetched(name, pretrained, lambda: timm.create_model(name, pretrained=pretrained, **options))
+    network = _fetched(name, pretrained, lambda: timm.create_model(name, pretrained=pretrained, **more))
+    if classes not in (None, getattr(network, "num_classes", None)):
+        _reset_classifier(network, name, classes)
     config: Any = network.pretrained_cfg
     return _described(network, mean=config["mean"], std=config["std"], size=config["input_size"][-1])
 
@@ -168,30 +170,57 @@ def _torchvision(name: str, classes: int | None, pretrained: bool, more: Mapping
     models = checks.extra("torchvision.models", f"The network 'torchvision:{name}'")
     if name not in models.list_models():
         raise UnknownName(f"torchvision has no network {name!r}. {checks.suggestion(name, models.list_models())}")
-    preset = models.get_model_weights(name).DEFAULT.transforms()
+    brings = models.get_model_weights(name).DEFAULT
+    preset = brings.transforms()
     chosen = "DEFAULT" if pretrained else None
+    builder = models.get_model_builder(name)
+    if classes is not None and builder.__module__.startswith("torchvision.models.detection"):
+        raise InvalidOption(f"torchvision:{name} is a detector: build it with its own num_classes and attach to it.")
     # a network around a backbone would fetch the backbone's weights
-    takes = inspect.signature(models.get_model_builder(name)).parameters
-    backbone = {"weights_backbone": None} if "weights_backbone" in takes else {}
+    backbone = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
     network = _fetched(name, pretrained, lambda: models.get_model(name, weights=chosen, **backbone, **more))
     if classes is not None:
-        _reset_classifier(network, name, classes)
+        _renew_classifier(network, name, len(brings.meta.get("categories", ())), classes)
     size = getattr(preset, "crop_size", [None])[0]
     return _described(
         network, mean=getattr(preset, "mean", IMAGENET_MEAN), std=getattr(preset, "std", IMAGENET_STD), size=size
     )
 
 
-def _reset_classifier(network: nn.Module, name: str, classes: int) -> None:
-    # torchvision takes num_classes only without pretrained weights, so the last linear layer is replaced for both
-    linear = [(path, module) for path, module in network.named_modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise InvalidOption(f"torchvision:{name} has no linear classifier whose number of classes could be set.")
-    path, old = linear[-1]
-    if old.out_features != classes:
-        fresh = nn.Linear(old.in_features, classes, bias=old.bias is not None)
-        parent, _, key = path.rpartition(".")
-        setattr(network.get_submodule(parent), key, fresh)
+def _reset_classifier(network: Any, name: str, classes: int | None) -> None:
+    """Give a network of timm a new classifier of another width, and leave its pooling and its kind of head.
+
+    By the call that timm has for it: its constructor of EfficientNet draws a classifier from a range that grows as
+    classes become fewer, and training starts at ten times the loss of a guess.
+    """
+    reset = getattr(network, "reset_classifier", None)
+    if reset is None:
+        raise InvalidOption(f"timm:{name} has no classifier whose number of classes could be set.")
+    takes, options = inspect.signature(reset).parameters, {}
+    if "global_pool" in takes and takes["global_pool"].default is not None:
+        # in older versions of timm what is left out means average pooling
+        pool = getattr(network, "global_pool", takes["global_pool"].default)
+        options["global_pool"] = getattr(pool, "pool_type", pool)
+    if "distillation" in takes:
+        options["distillation"] = getattr(network.get_classifier(), "distillation", False)
+    reset(classes, **options)
+
+
+def _renew_classifier(network: nn.Module, name: str, own: int, classes: int) -> None:
+    """Give the layers of a network of torchvision that have an output for each of its `own` classes as many as asked.
+
+    They start as PyTorch's layers do, as in torchvision's guide to fine-tuning: its constructors take no number of
+    classes beside pretrained weights, and those of EfficientNet and MNASNet have the fault of timm's EfficientNet.
+    """
+    widths_of = {nn.Linear: "out_features", nn.Conv2d: "out_channels", nn.Conv3d: "out_channels"}
+    layers: list[Any] = [one for one in network.modules() if getattr(one, widths_of.get(type(one), ""), None) == own]
+    if not layers:
+        raise InvalidOption(f"torchvision:{name} has no classifier whose number of classes could be set.")
+    for layer in layers if own != classes else []:
+        for key, value in list(layer.named_parameters(recurse=False)):
+            setattr(layer, key, nn.Parameter(value.new_empty(classes, *value.shape[1:])))
+        setattr(layer, widths_of[type(layer)], classes)
+        layer.reset_parameters()
 
 
 def _own(name: str, classes: int | None, pretrained: bool, more: Mapping[str, Any]) -> nn.Module:

@@ -72,8 +72,8 @@ def load(network: nn.Module, path: Path | str, *, name: str) -> None:
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unknown = [key for key in state if key not in own]
     reshaped = [key for key in state if key in own and state[key].shape != own[key].shape]
-    classifier = _classifier(network)
-    fresh = [key for key in reshaped if _only_classes_differ(key, classifier, state[key], own[key])]
+    classifiers = _classifiers(network)
+    fresh = [key for key in reshaped if _only_classes_differ(key, classifiers, state[key], own[key])]
     wrong = [key for key in reshaped if key not in fresh]
     if missing or unknown or wrong:
         raise WeightsError(
@@ -82,20 +82,33 @@ def load(network: nn.Module, path: Path | str, *, name: str) -> None:
         )
     if fresh:
         was, now = state[fresh[0]].shape[0], own[fresh[0]].shape[0]
+        started = " and ".join(dict.fromkeys(repr(key.rpartition(".")[0]) for key in fresh))
         warnings.warn(
-            f"{path} classifies {was} classes, not {now}: the classifier {classifier!r} starts from random weights.",
+            f"{path} classifies {was} classes, not {now}: the classifier {started} starts from random weights.",
             stacklevel=2,
         )
     network.load_state_dict({**own, **{key: value for key, value in state.items() if key not in fresh}})
 
 
-def _classifier(network: nn.Module) -> str:
-    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-    return linear[-1] if linear else ""
+def _classifiers(network: Any) -> list[str]:
+    """The names of the layers that classify: what timm says, or the last linear layer and those that are as wide.
+
+    (Auxiliary and distilled heads are as wide as the last.) A network without linear layers classifies by convolution.
+    """
+    if callable(getattr(network, "get_classifier", None)):
+        stated = network.get_classifier()
+        heads = stated if isinstance(stated, tuple | list) else [stated]
+        return [name for name, module in network.named_modules() if any(module is head for head in heads)]
+    layers = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if layers:
+        width = layers[-1][1].out_features
+        return [name for name, module in layers if module.out_features == width]
+    return [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d)][-1:]
 
 
-def _only_classes_differ(key: str, classifier: str, theirs: torch.Tensor, ours: torch.Tensor) -> bool:
-    return key.rpartition(".")[0] == classifier and theirs.shape[1:] == ours.shape[1:]
+def _only_classes_differ(key: str, classifiers: list[str], theirs: torch.Tensor, ours: torch.Tensor) -> bool:
+    inside = any(key.startswith(f"{name}.") for name in classifiers)
+    return inside and theirs.dim() == ours.dim() and theirs.shape[1:] == ours.shape[1:]
 
 
 def _difference(
