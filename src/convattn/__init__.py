@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from convattn.errors import ConvattnError
     from convattn.layouts import module_from
     from convattn.networks.cut import features
-    from convattn.registry import names
+    from convattn.registry import names, register
 
 __version__ = "0.1.0"
 
@@ -44,6 +44,7 @@ _HOMES = {
     "names": "convattn.registry",
     "parameter_groups": "convattn.attachment",
     "plan": "convattn.attachment",
+    "register": "convattn.registry",
     "save": "convattn.attachment",
 }
 _ROOMS = ("attachment", "compare", "cost", "data", "errors", "layouts", "networks", "nn", "ops", "reporting", "showing")
@@ -63,6 +64,7 @@ __all__ = [
     "names",
     "parameter_groups",
     "plan",
+    "register",
     "save",
 ]
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from convattn import checks, registry
 from convattn.attachment.attaching import attached, exchange, partners, wrapped
-from convattn.attachment.plans import UNCHANGED, Factory, Site
+from convattn.attachment.plans import UNCHANGED, Site, own_entry
 from convattn.attachment.sites import Place
 from convattn.attachment.wrapper import ATTENTION, Attached
 from convattn.errors import AttachError, InvalidOption, WeightsError
@@ -249,7 +249,7 @@ def _entry(site: Site, factories: Mapping[str, Callable[[int], nn.Module]]) -> E
             f"The attention at {site.name!r} was made by a factory called {site.attention!r}: give it with "
             f"factories={{{site.attention!r}: ...}}. {UNCHANGED}"
         )
-    return Entry(site.attention, "head" if site.place == "pool" else "gate", Factory, factories[site.attention])
+    return own_entry(factories[site.attention], site.place, site.attention)
 
 
 def _write(path: Path, content: bytes) -> None:
