@@ -40,6 +40,11 @@ class Entry:
     build: Callable[..., Any]
     registered: bool = True
 
+    @property
+    def source(self) -> Callable[..., Any]:
+        """The class or the factory that was given."""
+        return self.build if self.module is Factory else self.module
+
 
 _entries: dict[str, Entry] = {}
 _also: ContextVar[Mapping[str, Entry]] = ContextVar("also", default={})  # noqa: B039

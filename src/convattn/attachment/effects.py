@@ -28,7 +28,8 @@ def gates(attention: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     if strength is None:
         return found
     # blended from outside as a whole: with several gates, only their product is blended
-    whole = prod(per_channel(gate, x) for gate in found.values()) if len(found) > 1 else next(iter(found.values()))
+    first, *rest = found.values()
+    whole = prod((per_channel(gate, x) for gate in rest), start=per_channel(first, x) if rest else first)
     return {" and ".join(found): 1 + strength * torch.nan_to_num(whole - 1)}
 
 

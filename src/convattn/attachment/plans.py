@@ -229,7 +229,7 @@ def own_entry(attention: Any, at: str | None = None, name: str | None = None) ->
     known = entry_of(attention)
     if known is not None and name in (None, known.name):
         return known
-    name = name or getattr(attention, "__name__", type(attention).__name__)
+    name = name or str(getattr(attention, "__name__", type(attention).__name__))
     if isinstance(attention, type) and issubclass(attention, Gate | Update | Head):
         build = attention if known is None else known.build
         return Entry(name, attention.convattn_kind, attention, build, registered=False)  # type: ignore[arg-type]

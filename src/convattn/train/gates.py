@@ -14,8 +14,9 @@ IMAGES = 128
 def departures(network: nn.Module, x: torch.Tensor) -> list[dict[str, Any]]:
     """For each site its mean distance from identity on some images, and its `strength` (None if it has none).
 
-    For a gate that is the mean of |gate - 1| over what it varies over, the mean of all for a gate of several factors; for a pooling head the length of what it adds over the length of the pooled vector, for any other module
-    the same of the map.
+    For a gate that is the mean of |gate - 1| over what it varies over, the mean of all for a gate of several factors;
+    for a pooling head the length of what it adds over the length of the pooled vector, for any other module the same of
+    the map.
     """
     sites = attached(network)
     if not sites:
