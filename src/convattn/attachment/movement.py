@@ -4,10 +4,11 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from math import inf, prod
+from math import prod
 from typing import Any
 
 import torch
+from torch import nn
 
 from convattn.attachment import effects
 from convattn.attachment.plans import Site
@@ -82,23 +83,31 @@ def over_probes(sites: Mapping[str, Attached]) -> dict[str, Movement]:
             gate = copy.deepcopy(wrapper.attention).cpu().double().eval()
             collector = _Collector()
             with torch.no_grad():
-                # what is not ours may hold a number for each position
-                most = PROBE_SIDE if type(gate).__module__.startswith("convattn.nn.") else inf
-                for probe in _probes(wrapper.convattn_site, most):
+                for probe in _probes(gate, wrapper.convattn_site):
                     collector.add(effects.gates(gate, probe), probe)
             found[name] = collector.movement
     return found
 
 
-def _probes(site: Site, most: float) -> Iterator[torch.Tensor]:
+def _probes(gate: nn.Module, site: Site) -> Iterator[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shape = (PROBES, site.channels, *(int(min(side, most)) for side in site.size))
+    shape = (PROBES, site.channels, *_sides(gate, site))
     for scale in SCALES:
         # each channel with a level of its own: of zero-mean maps every mean would be nearly 0
         level = torch.randn(*shape[:2], *[1] * len(site.size), generator=generator, dtype=torch.float64)
         noise = torch.randn(shape, generator=generator, dtype=torch.float64)
         probe = scale * (level + noise)
         yield torch.cat([probe, -probe])
+
+
+def _sides(gate: nn.Module, site: Site) -> tuple[int, ...]:
+    small = tuple(min(side, PROBE_SIDE) for side in site.size)
+    try:
+        effects.gates(gate, torch.zeros(1, site.channels, *small, dtype=torch.float64))
+    except Exception:
+        # a module of the user's own may hold a number for each position
+        return site.size
+    return small
 
 
 def over_images(sites: Mapping[str, Attached], run: Callable[[], object]) -> dict[str, Movement]:
