@@ -225,8 +225,8 @@ def _functions(
         listed = name == "variants" and not isinstance(one, str) and not callable(one) and any(map(callable, one))
         if not callable(one) and not listed and not (name == "variants" and isinstance(one, Mapping)):
             raise ComparisonError(
-                f"{folder} was begun from Python with functions of its own, or classes: call convattn.compare.run there "
-                f"with add_seeds and the same {', '.join(found)}."
+                f"{folder} was begun from Python with functions of its own, or classes: call convattn.compare.run "
+                f"there with add_seeds and the same {', '.join(found)}."
             )
     return found
 

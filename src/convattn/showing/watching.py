@@ -143,9 +143,9 @@ def by_axes(gates: dict[str, torch.Tensor], x: torch.Tensor) -> dict[str, torch.
     """Gates under names that say what they vary over; where two vary over the same, the second has a number."""
     found: dict[str, torch.Tensor] = {}
     for name, gate in gates.items():
-        # on a map of a single position nothing varies over positions, whatever is meant to
-        declared = name if name in ("channel", "spatial") else "whole map"
-        axes = axes_of(tuple(gate.shape), tuple(x.shape)) or declared
+        # of a map of a single position or channel, a gate is what it is called
+        single = [axis for axis, count in (("channel", x.shape[1]), ("spatial", x[0, 0].numel())) if count == 1]
+        axes = axes_of(tuple(gate.shape), tuple(x.shape)) or (name if name in single else "whole map")
         same = sum(other == axes or other.startswith(f"{axes} #") for other in found)
         found[f"{axes} #{same + 1}" if same else axes] = gate
     return found
