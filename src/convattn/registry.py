@@ -41,6 +41,11 @@ class Entry:
     registered: bool = True
 
     @property
+    def is_ours(self) -> bool:
+        """Whether it is a module of convattn, and not of the user."""
+        return self.registered and self.module.__module__.startswith("convattn.nn.")
+
+    @property
     def source(self) -> Callable[..., Any]:
         """The class or the factory that was given."""
         return self.build if self.module is Factory else self.module
@@ -81,7 +86,7 @@ def register(name: str, kind: Kind, *, takes_channels: bool = True) -> Callable[
 
     def enter(cls: Class) -> Class:
         if not isinstance(cls, type):
-            raise InvalidOption(f"register: expected a class under the name {name!r}, got {cls!r}.")
+            raise InvalidOption(f"register: expected a class under the name {name!r}, got {checks.said(cls)}.")
         if not cls.__module__.startswith("convattn."):
             # a class of the user may be the first that is registered, and must not take the name of ours
             _load()
@@ -103,7 +108,7 @@ def check_name(where: str, name: object) -> None:
     if not isinstance(name, str) or not NAME.fullmatch(name) or name in RESERVED:
         raise InvalidOption(
             f"{where}: expected a name of letters, digits and . _ - for a module, and none of {', '.join(RESERVED)}; "
-            f"got {name!r}."
+            f"got {checks.said(name)}."
         )
 
 

@@ -220,11 +220,9 @@ def own_entry(attention: Any, at: str | None = None, name: str | None = None) ->
         InvalidOption: neither of them.
     """
     if not callable(attention) or isinstance(attention, nn.Module):
-        # a module may be printed over many lines
-        said = f"a {type(attention).__name__}" if isinstance(attention, nn.Module) else repr(attention)
         raise InvalidOption(
-            f"plan: expected a name, or a class or factory that makes a module of a number of channels, got {said}. "
-            f"{UNCHANGED}"
+            f"plan: expected a name, or a class or factory that makes a module of a number of channels, got "
+            f"{checks.said(attention)}. {UNCHANGED}"
         )
     known = entry_of(attention)
     if known is not None and name in (None, known.name):
@@ -270,10 +268,6 @@ def _entries(attention: Any, at: str) -> list[Entry]:
 
 def _is_factory(one: Entry) -> bool:
     return one.module is Factory
-
-
-def _is_ours(one: Entry) -> bool:
-    return one.module.__module__.startswith("convattn.nn.")
 
 
 def _shares(entries: list[Entry], options: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -385,7 +379,7 @@ def _sites(one: Entry, places: list[Place], start: str, options: dict[str, Any])
 
 def _cost(one: Entry, place: Place, start: str, options: dict[str, Any]) -> tuple[int, int]:
     """Parameters and multiply-adds, from a module built and run once, which checks its options as well."""
-    if _is_ours(one):
+    if one.is_ours:
         # without random numbers, and without the time that they take: what is computed does not matter
         with torch.device("meta"):
             module = built(one, place, start, options)

@@ -95,7 +95,7 @@ def load(
         folder: written by `save`.
         weights: `"same"` refuses a network with other weights than the attention was saved with, which would give
             another output; `"any"` takes any of the same structure.
-        factories: the callables, by name, that made modules which are not registered.
+        factories: the classes or factories, by name, of modules that `convattn.register` has not entered.
 
     Raises:
         WeightsError: no such files, or of another network; the message says by name and shape what differs.

@@ -237,8 +237,11 @@ def _prepared(options: Options, source: Source, folder: Path, display: Display) 
         "images": source.fingerprint(),
         "weights": fingerprint_of(options.weights),
         "network": fingerprint_of(options.backbone.rpartition(":")[0]),
-        "functions": functions.fingerprint(options.code),
+        "functions": functions.fingerprint(options.callables),
     }
+    files = [one.name.rpartition(":")[0] for one in options.own if own_code.is_named(one.name)]
+    if files:
+        fingerprints["modules"] = fingerprint_of(*files)
     known = folders.check(folder, options, fingerprints)
     rounds.check(folder, options.seeds, options.max_seeds)
     if known and ((folder / ARRAY).exists() or _is_complete(options, folder)):

@@ -93,12 +93,6 @@ class Options:
         return [*self.builds.values(), *([] if self.train is None else [self.train]), *self._own.values()]
 
     @property
-    def code(self) -> list[Callable[..., Any]]:
-        """The same, and those that a command line names."""
-        named = [one.source for one in self.own if own_code.is_named(one.name)]
-        return [*self.callables, *named]
-
-    @property
     def _own(self) -> dict[str, Callable[..., Any]]:
         return {one.name: one.source for one in self.own if not own_code.is_named(one.name)}
 
@@ -348,7 +342,7 @@ def _named(variants: Variants) -> tuple[list[str], dict[str, functions.Build], t
         else:
             entry = _own_module(name, one)
             names[-1] = entry.name
-            if not (entry.registered and _is_ours(entry)):
+            if not entry.is_ours:
                 own[entry.name] = entry
     return names, builds, tuple(own.values())
 
@@ -364,7 +358,7 @@ def _pairs(variants: Any) -> list[tuple[str, Any]]:
             if not callable(one) or isinstance(one, torch.nn.Module):
                 raise InvalidOption(
                     f"compare: expected a function that builds the variant {name!r}, or the class or a factory of a "
-                    f"module, got {_said(one)}."
+                    f"module, got {checks.said(one)}."
                 )
         return list(variants.items())
     if isinstance(variants, str):
@@ -374,7 +368,7 @@ def _pairs(variants: Any) -> list[tuple[str, Any]]:
         if not isinstance(one, str) and (not callable(one) or isinstance(one, torch.nn.Module)):
             raise InvalidOption(
                 f"compare: expected names, classes or factories of modules as variants, or a dictionary from names to "
-                f"them or to functions that build networks, got {_said(one)}."
+                f"them or to functions that build networks, got {checks.said(one)}."
             )
     pairs = [(one.strip(), None) if isinstance(one, str) else (_name_of(one), one) for one in listed]
     for name, one in pairs:
@@ -390,17 +384,12 @@ def _name_of(function: Any) -> str:
     return str(getattr(made, "__name__", type(made).__name__))
 
 
-def _said(thing: object) -> str:
-    # a module may be printed over many lines
-    return f"a {type(thing).__name__}" if isinstance(thing, torch.nn.Module) else repr(thing)
-
-
 def _own_modules(variant: str) -> Iterator[registry.Entry]:
     """The modules of the user's own that a variant names: of a file, or registered."""
     for name in variant.split("+"):
         if own_code.is_named(name):
             yield own_entry(own_code.load(name), name=name)
-        elif registry.is_known(name) and not _is_ours(registry.entry(name)):
+        elif registry.is_known(name) and not registry.entry(name).is_ours:
             yield registry.entry(name)
 
 
@@ -416,10 +405,6 @@ def _own_module(name: str, one: Callable[..., Any]) -> registry.Entry:
             f"dictionary, as in variants={{'mine': ...}}."
         )
     return own_entry(one, name=name)
-
-
-def _is_ours(entry: registry.Entry) -> bool:
-    return entry.module.__module__.startswith("convattn.nn.")
 
 
 def _builds(
@@ -446,11 +431,10 @@ def _builds(
     return {BASELINE: backbone, **own}
 
 
-def fingerprint_of(file: str | None) -> str | None:
-    """A hash of a file's content; None where there is no file."""
-    if file is None or not Path(file).is_file():
-        return None
-    return hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()
+def fingerprint_of(*files: str | None) -> str | None:
+    """A hash of the content of files; None where there is none."""
+    contents = [Path(file).read_bytes() for file in files if file is not None and Path(file).is_file()]
+    return hashlib.blake2b(b"".join(contents), digest_size=16).hexdigest() if contents else None
 
 
 def _variants(names: Sequence[str]) -> tuple[str, ...]:
