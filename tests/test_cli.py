@@ -316,7 +316,7 @@ def test_options_arrive(taken: Callable[..., dict[str, Any]]) -> None:
         "--controls adapter,noise "
         "--epochs 7 --image-size 96 --batch-size 32 --learning-rate 0.02 --weight-decay 0.001 --no-flip --device cpu "
         "--jobs 2 --smallest-gain 0.3 --out there --quiet --until decided --max-seeds 9 --add-seeds 2 "
-        "--folds 4 --gate-learning-rate 0.2 --tune lr --audit-selection"
+        "--folds 4 --gate-learning-rate 0.2 --tune lr --audit-selection --trust a.py:f --trust b.py:G"
     )
     assert taken(*words.split()) == {
         "data": "photos",
@@ -333,6 +333,7 @@ def test_options_arrive(taken: Callable[..., dict[str, Any]]) -> None:
         "gate_learning_rate": 0.2,
         "tune": "lr",
         "audit_selection": True,
+        "trust": ("a.py:f", "b.py:G"),
         "epochs": 7,
         "image_size": 96,
         "batch_size": 32,
@@ -364,7 +365,7 @@ def test_options_arrive(taken: Callable[..., dict[str, Any]]) -> None:
 def test_the_command_in_the_results_repeats_the_comparison(taken: Callable[..., dict[str, Any]], words: str) -> None:
     def parsed(command: str) -> tuple[Any, str]:
         options = taken(*shlex.split(command))
-        options = {key: value for key, value in options.items() if key not in ("out", "quiet", "add_seeds")}
+        options = {key: value for key, value in options.items() if key not in ("out", "quiet", "add_seeds", "trust")}
         chosen = parse(**options)
         return (chosen.hashed(), chosen.seeds, chosen.until, chosen.max_seeds, chosen.smallest_gain), chosen.command()
 

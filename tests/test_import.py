@@ -31,6 +31,7 @@ def test_public_names() -> None:
         "names",
         "parameter_groups",
         "plan",
+        "register",
         "save",
         "unfreeze_base",
     ]

@@ -1,6 +1,9 @@
 """The names of modules, and what is said about wrong ones."""
 
+import doctest
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,19 +12,20 @@ import torch
 import convattn
 from convattn import nn, registry
 from convattn.errors import InvalidOption, UnknownName
+from own_modules import Elementwise, GlobalContext
 
 
 def test_names() -> None:
     assert {"se", "channel", "spatial", "cbam"} <= set(convattn.names("gate"))
     assert {"avg", "max", "avgmax", "concat", "dual"} <= set(convattn.names("head"))
-    assert convattn.names() == sorted([*convattn.names("gate"), *convattn.names("head")])
+    assert convattn.names() == sorted(name for kind in registry.KINDS for name in convattn.names(kind))
     assert len(set(convattn.names())) == len(convattn.names())
     assert all(name.isidentifier() and name == name.lower() for name in convattn.names())
 
 
 def test_every_public_module_has_one_name() -> None:
     modules = [registry.entry(name).module for name in convattn.names()]
-    public = [getattr(nn, name) for name in nn.__all__ if name not in ("Gate", "Head")]
+    public = [getattr(nn, name) for name in nn.__all__ if name not in ("Gate", "Head", "Update")]
     assert sorted(module.__name__ for module in modules) == sorted(module.__name__ for module in public)
 
 
@@ -107,3 +111,80 @@ def test_a_name_that_is_no_text(name: object) -> None:
 def test_an_unknown_kind() -> None:
     with pytest.raises(InvalidOption, match="kind must be one of"):
         registry.names("gates")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["gates", "Gate", "", None, 3, ["gate"]])
+def test_an_unknown_kind_is_refused(kind: object) -> None:
+    before = convattn.names()
+    with pytest.raises(InvalidOption, match=r"^register: kind must be one of 'gate', 'update', 'head', got ") as caught:
+        convattn.register("mine", kind)(nn.CBAM)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value) and convattn.names() == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a+b", "", " ", "a,b", "a b", "a\n", "a/b", "a:b", "mine.py:Gate", "baseline", "noise", 3, None, ["a"], b"a"],
+)
+def test_a_bad_name_is_refused(name: object) -> None:
+    before = convattn.names()
+    with pytest.raises(
+        InvalidOption, match=r"^register: expected a name of letters, digits and \. _ - .* got "
+    ) as caught:
+        convattn.register(name, "gate")(nn.CBAM)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value) and convattn.names() == before
+
+
+@pytest.mark.parametrize("thing", [3, None, "nn.Gate", nn.CBAM(8), lambda channels: nn.CBAM(channels)])
+def test_what_is_no_class_is_refused(thing: object) -> None:
+    with pytest.raises(InvalidOption, match=r"^register: expected a class under the name 'mine', got ") as caught:
+        convattn.register("mine", "gate")(thing)  # type: ignore[type-var]
+    assert "\n" not in str(caught.value) and "mine" not in convattn.names()
+
+
+@pytest.mark.parametrize("kind", ["gate", "head"])
+def test_a_class_of_another_kind_is_refused(kind: str) -> None:
+    with pytest.raises(InvalidOption, match=f"GlobalContext is of the kind 'update', got '{kind}'"):
+        convattn.register("mine", kind)(GlobalContext)  # type: ignore[arg-type]
+
+
+def test_an_update_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    assert convattn.names("update") == []
+    assert convattn.register("global-context", "update")(GlobalContext) is GlobalContext
+    assert convattn.names("update") == ["global-context"] and "global-context" in convattn.names()
+    # the same again, as in a notebook, whose cell makes another class of it
+    again = type("GlobalContext", (GlobalContext,), {"__module__": GlobalContext.__module__})
+    convattn.register("global-context", "update")(again)
+    assert registry.entry("global-context").module is again
+    with pytest.raises(InvalidOption, match="'global-context' is the name of GlobalContext already"):
+        convattn.register("global-context", "gate")(Elementwise)
+
+
+def test_the_name_of_ours_is_nobody_elses() -> None:
+    code = """
+import convattn
+try:
+    @convattn.register("se", "gate")
+    class Mine: pass
+except convattn.ConvattnError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "register: 'se' is the name of SqueezeExcite already.\n", done.stderr
+
+
+def test_others_are_known_for_as_long_as_they_are_given() -> None:
+    one = registry.Entry("mine", "update", GlobalContext, GlobalContext, registered=False)
+    with registry.also([one]):
+        assert registry.entry("mine") is one and "mine" not in convattn.names()
+    with pytest.raises(UnknownName):
+        registry.entry("mine")
+
+
+def test_the_example_of_register(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    test = doctest.DocTestFinder().find(convattn.register, "register", globs=dict(vars(registry)))[0]
+    result = doctest.DocTestRunner().run(test, clear_globs=False)
+    assert result.attempted > 3 and result.failed == 0
+    model = convattn.attach(convattn.networks.resnet20(), "channel-mean")
+    assert len(convattn.attachment.attached(model)) == 9

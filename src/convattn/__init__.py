@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from convattn.errors import ConvattnError
     from convattn.layouts import module_from
     from convattn.networks.cut import features
-    from convattn.registry import names
+    from convattn.registry import names, register
 
 __version__ = "0.1.0"
 
@@ -45,6 +45,7 @@ _HOMES = {
     "names": "convattn.registry",
     "parameter_groups": "convattn.attachment",
     "plan": "convattn.attachment",
+    "register": "convattn.registry",
     "save": "convattn.attachment",
     "unfreeze_base": "convattn.attachment",
 }
@@ -65,6 +66,7 @@ __all__ = [
     "names",
     "parameter_groups",
     "plan",
+    "register",
     "save",
     "unfreeze_base",
 ]

@@ -67,6 +67,12 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f"{hint} {every}".strip()
 
 
+def said(thing: object) -> str:
+    """A thing as a message shows it: in one line, of an object with a long text its class alone."""
+    text = repr(thing)
+    return text if len(text) <= 80 and text.isprintable() else f"a {type(thing).__name__}"
+
+
 def reason(error: BaseException) -> str:
     """The first line of what an error says, or its class where it says nothing."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__

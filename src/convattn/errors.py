@@ -9,6 +9,7 @@
     ├── AttachError        (ValueError)     a place where nothing can be attached
     ├── DataError          (ValueError)     images or folders that cannot be used
     ├── ComparisonError    (ValueError)     a comparison folder that holds something else
+    ├── UntrustedCode      (ValueError)     code that a file names and the user does not
     ├── RunFailed          (RuntimeError)   a run that broke, not through the user's request
     ├── BackendUnavailable (RuntimeError)   a backend that was asked for, and does not serve the map
     └── MissingExtra       (ImportError)    an optional dependency that is not installed
@@ -52,6 +53,10 @@ class DataError(ConvattnError, ValueError):
 
 class ComparisonError(ConvattnError, ValueError):
     """A comparison folder that holds something else."""
+
+
+class UntrustedCode(ConvattnError, ValueError):
+    """Code that a file names, and that was not run since the user did not name it."""
 
 
 class RunFailed(ConvattnError, RuntimeError):

@@ -380,7 +380,8 @@ def test_fewer_seeds_than_were_looked_at_are_refused(world: World, done: Path, q
 def test_more_seeds_are_another_look(world: World, done: Path, quick: None) -> None:
     before, times = read(done), stamps(done)
     assert before["looks"]["seeds"] == [2]
-    results = convattn.compare.run(done, add_seeds=1, quiet=True)
+    network = f"{world.folder / 'network.py'}:network"
+    results = convattn.compare.run(done, add_seeds=1, quiet=True, trust=network)
     assert stamps(done).items() > times.items()
     assert results["looks"]["seeds"] == [2, 3] and results["looks"]["most_seeds"] is None
     assert "look 2 at this comparison, with 3 seeds" in results["looks"]["sentence"]
@@ -396,7 +397,7 @@ def test_more_seeds_are_another_look(world: World, done: Path, quick: None) -> N
     again = world.run(out=done, seeds=3)
     assert again["looks"] == results["looks"]
     commands = results["command"].split(" && ")
-    assert "--seeds 2 " in commands[0] and commands[1] == f"convattn compare --add-seeds 1 {done}"
+    assert "--seeds 2 " in commands[0] and commands[1] == f"convattn compare --add-seeds 1 --trust {network} {done}"
 
 
 @pytest.mark.parametrize("folder", ["nowhere", "empty"])
@@ -471,7 +472,8 @@ def test_a_variant_that_is_over_gets_no_more_seeds(
     assert stamps(tmp_path / "until") == times
     assert {**again, "folder": None} == {**results, "folder": None}
     # seeds that are asked for are for all
-    more = convattn.compare.run(tmp_path / "until", add_seeds=1, quiet=True)
+    network = f"{world.folder / 'network.py'}:network"
+    more = convattn.compare.run(tmp_path / "until", add_seeds=1, quiet=True, trust=network)
     assert {one["seeds"] for one in (more["baseline"], *more["variants"])} == {5}
     assert more["looks"]["seeds"] == [2, 3, 4, 5]
 

@@ -230,7 +230,7 @@ def test_other_functions_are_another_comparison(run: Callable[..., dict[str, Any
 
 def test_seeds_are_added_with_the_same_functions(run: Callable[..., dict[str, Any]]) -> None:
     folder = run(train=train)["folder"]
-    with pytest.raises(ComparisonError, match="begun from Python with functions of its own"):
+    with pytest.raises(ComparisonError, match="begun from Python with functions of its own, or classes"):
         convattn.compare.run(folder, add_seeds=1, quiet=True)
     functions = {"backbone": plain, "variants": {"blind": blind}, "train": train}
     results = convattn.compare.run(folder, add_seeds=1, quiet=True, **functions)

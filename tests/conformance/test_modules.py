@@ -1,4 +1,7 @@
-"""What every registered gate and head has to do. Registering a name earns these tests."""
+"""What every registered gate, update and head has to do. Registering a name earns these tests.
+
+There is no registered update yet, and no gate that varies over all axes: modules of the tests stand for them.
+"""
 
 import copy
 import doctest
@@ -15,10 +18,10 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import nn
 
-from convattn import errors, names, ops
+from convattn import errors, names, ops, registry
 from convattn.errors import ShapeMismatch
-from convattn.nn import Gate, Head
-from convattn.registry import entry
+from convattn.nn import Gate, Head, Update
+from own_modules import OWN
 from tolerances import assert_close, is_close
 
 CHANNELS = 32
@@ -57,6 +60,10 @@ class Case:
     def build(self, **more: Any) -> nn.Module:
         """The module with random weights and random batch-norm statistics."""
         return randomize(entry(self.name).build(more.pop("channels", CHANNELS), **self.options, **more))
+
+
+def entry(name: str) -> registry.Entry:
+    return OWN.get(name) or registry.entry(name)
 
 
 def class_of(name: str) -> type[nn.Module]:
@@ -122,18 +129,25 @@ def gradients(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [y.detach(), *torch.autograd.grad((y * weights).sum(), [x, *module.parameters()])]
 
 
-NAMES = names()
+NAMES = [*names(), *OWN]
 CASES = [case for name in NAMES for case in cases_of(name)]
 # options that change sizes or the layer in one place, and leave the flow of the computation as it is
 PLAIN = {"activation", "bias", "features", "hidden", "kernel_size", "reduction"}
 GRAPHS = [case for case in CASES if not PLAIN & set(case.options)]
 GATES = [case for case in CASES if entry(case.name).kind == "gate"]
+UPDATES = [case for case in CASES if entry(case.name).kind == "update"]
 PAPER_GATES = [case for case in GATES if "start" not in case.options]
+PAPER_UPDATES = [case for case in UPDATES if "start" not in case.options]
+# whatever may start at identity
+PAPER = [*PAPER_GATES, *PAPER_UPDATES]
 
 each_name = pytest.mark.parametrize("name", NAMES)
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_graph = pytest.mark.parametrize("case", GRAPHS, ids=str)
 each_gate = pytest.mark.parametrize("case", GATES, ids=str)
+each_update = pytest.mark.parametrize("case", UPDATES, ids=str)
+each_paper_update = pytest.mark.parametrize("case", PAPER_UPDATES, ids=str)
+each_paper = pytest.mark.parametrize("case", PAPER, ids=str)
 each_paper_gate = pytest.mark.parametrize("case", PAPER_GATES, ids=str)
 each_dimensions = pytest.mark.parametrize("dimensions", [1, 2, 3])
 each_training = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -181,7 +195,7 @@ def test_channels_last(case: Case, dimensions: int, converted: bool) -> None:
     actual = gradients(module, x.to(memory_format=CHANNELS_LAST[dimensions]))
     for one, other in zip(actual, expected, strict=True):
         assert_close(one, other)
-    if isinstance(module, Gate):
+    if isinstance(module, Gate | Update):
         assert expected[0].is_contiguous()
         assert actual[0].is_contiguous(memory_format=CHANNELS_LAST[dimensions])
 
@@ -419,7 +433,7 @@ def test_identity_start_changes_nothing(case: Case, dtype: torch.dtype, training
     assert not is_close(module.gate(x), torch.ones_like(module.gate(x))), "a gate of 1 would change nothing either"
 
 
-@each_paper_gate
+@each_paper
 @each_dimensions
 def test_identity_start_is_exact_in_any_dimensions(case: Case, dimensions: int) -> None:
     module = case.build(start="identity", dimensions=dimensions)
@@ -445,7 +459,7 @@ def test_identity_start_adds_one_zero(name: str) -> None:
     assert all(torch.equal(identity[key], paper[key]) for key in paper)
 
 
-@each_paper_gate
+@each_paper
 @each_training
 def test_first_step_moves_strength(case: Case, training: bool) -> None:
     module = case.build(start="identity").train(training)
@@ -459,7 +473,7 @@ def test_first_step_moves_strength(case: Case, training: bool) -> None:
     assert not torch.equal(module(x), x)
 
 
-@each_paper_gate
+@each_paper
 @each_dtype
 @each_training
 def test_strength_one_is_the_paper(case: Case, dtype: torch.dtype, training: bool) -> None:
@@ -472,6 +486,57 @@ def test_strength_one_is_the_paper(case: Case, dtype: torch.dtype, training: boo
     x = a_map(dtype=dtype)
     assert_close(module(x), paper(x))
     assert not is_close(module(x), x)
+
+
+# the update
+
+
+@each_update
+@each_dimensions
+@each_training
+def test_update_is_what_forward_adds(case: Case, dimensions: int, training: bool) -> None:
+    module = case.build(dimensions=dimensions).train(training)
+    x = a_map(dimensions=dimensions)
+    update, added, y = module.update(x), module.added(x), module(x)
+    for small in (update, added):
+        assert small.dim() == x.dim() and torch.broadcast_shapes(small.shape, x.shape) == x.shape
+    strength = 1.0 if module.strength is None else module.strength
+    assert_close(x + strength * update, y)
+    assert_close(x + added, y)
+
+
+@each_update
+@each_dimensions
+def test_update_depends_on_the_input(case: Case, dimensions: int) -> None:
+    module = case.build(dimensions=dimensions).eval()
+    x = a_map(dimensions=dimensions)
+    # all hidden units may be dead under some weights, so that several are drawn
+    updates = [randomize(module).update(x) for _ in range(8)]
+    assert any(not is_close(update[:1], update[1:]) for update in updates)
+
+
+@each_paper_update
+@each_dtype
+@each_training
+def test_identity_start_adds_nothing(case: Case, dtype: torch.dtype, training: bool) -> None:
+    module = case.build(start="identity").to(dtype).train(training)
+    nn.init.zeros_(module.strength)
+    x = a_map(dtype=dtype)
+    x[0, 0, 0, :3] = torch.tensor([0.0, torch.finfo(dtype).tiny, torch.finfo(dtype).max / 2])
+    assert torch.equal(module(x), x)
+    update = module.update(a_map(dtype=dtype))
+    assert not is_close(update, torch.zeros_like(update)), "an update of 0 would add nothing either"
+
+
+@each_paper_update
+def test_what_is_no_number_adds_nothing_at_identity(case: Case) -> None:
+    module = case.build(start="identity")
+    for name, parameter in module.named_parameters():
+        nn.init.constant_(parameter, float(name != "strength"))
+    # finite, and their sums are not
+    x = torch.full((2, CHANNELS, 6, 5), torch.finfo(torch.float32).max)
+    assert not module.update(x).isfinite().all()
+    assert torch.equal(module(x), x)
 
 
 # messages and words
@@ -487,6 +552,7 @@ def test_wrong_input(case: Case, dimensions: int) -> None:
     if module.channels is not None:
         shapes.append((2, CHANNELS + 1, *SIZES[dimensions]))
     functions = [module, module.gate, module.gates] if isinstance(module, Gate) else [module]
+    functions += [module.update, module.added] if isinstance(module, Update) else []
     for function in functions:
         for shape in shapes:
             with pytest.raises(ShapeMismatch) as caught:
@@ -538,13 +604,13 @@ def test_signature(name: str) -> None:
     assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in rest)
     assert all(parameter.annotation is not inspect.Parameter.empty for parameter in parameters.values())
     assert parameters["dimensions"].default == 2
-    if issubclass(cls, Gate):
+    if issubclass(cls, Gate | Update):
         assert parameters["start"].default == "paper"
 
 
 @each_name
 def test_kind(name: str) -> None:
-    assert issubclass(class_of(name), {"gate": Gate, "head": Head}[entry(name).kind])
+    assert issubclass(class_of(name), {"gate": Gate, "update": Update, "head": Head}[entry(name).kind])
 
 
 def sections_of(doc: str) -> dict[str, str]:

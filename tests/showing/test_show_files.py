@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from trusting import show
 
 from convattn.errors import (
     AttachError,
@@ -18,7 +19,6 @@ from convattn.errors import (
     UnknownName,
     WeightsError,
 )
-from convattn.showing import show
 
 
 def test_files_of_gates_maps_and_head(save: Callable[..., Path], images: list[Path], tmp_path: Path) -> None:

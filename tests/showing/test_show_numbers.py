@@ -9,8 +9,8 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from trusting import show
 
-from convattn.showing import show
 from convattn.showing.images import distinct
 from tolerances import assert_close, is_close
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from trusting import show
 
 from convattn.errors import DataError
-from convattn.showing import show, table
+from convattn.showing import table
 from convattn.showing.summary import relative, summarise
 
 RISING = np.linspace(0, 1, 8, dtype=np.float32)

@@ -4,6 +4,7 @@ Select first, change second: `plan` looks and computes, `attach` changes, `detac
 was attached, `fold` removes constant gates, `parameter_groups`, `freeze_base` and `unfreeze_base` serve fine-tuning.
 """
 
+from convattn.attachment import effects
 from convattn.attachment.attaching import attach, attached, detach
 from convattn.attachment.folding import Fold, Folds, fold
 from convattn.attachment.plans import Plan, Site, plan
@@ -23,6 +24,7 @@ __all__ = [
     "attach",
     "attached",
     "detach",
+    "effects",
     "fold",
     "freeze_base",
     "load",

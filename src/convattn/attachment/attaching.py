@@ -54,7 +54,8 @@ def attach(
 
     Args:
         model: the network.
-        attention: a registered name, a gate and a head joined with `+`, a factory, or a plan of this model.
+        attention: a registered name, a gate or update and a head joined with `+`, a class or factory, see `plan`, or
+            a plan of this model.
         at: where gates stand, see `plan`; `"residual"` by default.
         example: an input, see `plan`.
         where: only some of the sites, see `plan`.

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from convattn import checks, tables
+from convattn.attachment import effects
 from convattn.attachment.attaching import attached, remove
 from convattn.attachment.movement import Movement, over_images, over_probes
 from convattn.attachment.wrapper import Attached, AttachedBefore, layer_of
 from convattn.errors import DataError, InvalidOption
-from convattn.nn.base import Gate
+from convattn.nn.base import Update
 
 # of a gate in float64
 CONSTANT = 1e-9
@@ -85,6 +86,8 @@ class Folds:
 def fold(model: nn.Module, data: Any = None, tolerance: float = 0.01, *, allow: Allow = None) -> Folds:
     """Merge gates that are constant into the convolution or norm beside them, in place, and remove them.
 
+    A module that adds to the map is removed where its `strength` is 0, and kept otherwise.
+
     Without data, a gate counts as constant if it is the same for maps of all magnitudes, as one with `strength` 0 or
     with a zero weight is; the network computes the same then, but for rounding (1e-6 relative). With data, a gate that
     moves by no more than the tolerance counts as constant and is replaced by its mean; each is reported with the change
@@ -149,7 +152,7 @@ class _Predictions:
 def _judged(model: nn.Module, name: str, wrapper: Attached, gate: Movement | None, limit: float) -> Fold:
     if gate is None:
         silent = _is_silent(wrapper.attention)
-        reason = "" if silent else "it is no gate" if not isinstance(wrapper.attention, Gate) else "it was never called"
+        reason = "" if silent else _no_gate(wrapper.attention)
         return Fold(name, wrapper.convattn_site.attention, 0.0 if silent else inf, reason=reason)
     # so that what is no number is not within the limit either
     reason = "" if gate.deviation <= limit else "it depends on the input"
@@ -161,6 +164,13 @@ def _judged(model: nn.Module, name: str, wrapper: Attached, gate: Movement | Non
 def _is_silent(attention: nn.Module) -> bool:
     strength = getattr(attention, "strength", None)
     return isinstance(strength, torch.Tensor) and not strength.any()
+
+
+def _no_gate(attention: nn.Module) -> str:
+    """Why there is nothing to merge where no gate was seen."""
+    if isinstance(attention, Update):
+        return "what it adds can be merged into no weight"
+    return "it was never called" if effects.has_gates(attention) else "it is no gate"
 
 
 def _is_one(mean: torch.Tensor) -> bool:

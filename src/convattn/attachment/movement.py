@@ -4,13 +4,15 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
+from torch import nn
 
+from convattn.attachment import effects
 from convattn.attachment.plans import Site
 from convattn.attachment.wrapper import Attached
-from convattn.nn.base import Gate
 
 # a gate is constant if it is so for maps of all these magnitudes, each in several directions and their opposites
 SCALES = (0.0, 1e-2, 1.0, 1e2, 1e4, 1e6, 1e9, 1e12)
@@ -42,12 +44,12 @@ class _Collector:
         self.low: torch.Tensor = torch.zeros(())
         self.high: torch.Tensor = torch.zeros(())
 
-    def add(self, gates: dict[str, torch.Tensor]) -> None:
-        """The small gates of a batch, each (B, C, 1, ...) or (B, 1, *spatial)."""
+    def add(self, gates: dict[str, torch.Tensor], x: torch.Tensor) -> None:
+        """The gates of a batch of maps."""
         whole = torch.ones((), dtype=torch.float64)
         low, high = whole, whole
-        for gate in gates.values():
-            flat = gate.detach().double().cpu().flatten(2)
+        for gate in _separate([effects.per_channel(gate, x).detach().double().cpu() for gate in gates.values()]):
+            flat = gate.flatten(2)
             whole = whole * flat.mean(2).unsqueeze(-1)
             # of a product the extremes are among the products of extremes
             corners = torch.stack([low * flat.amin(2), low * flat.amax(2), high * flat.amin(2), high * flat.amax(2)])
@@ -64,23 +66,32 @@ class _Collector:
         return Movement(self.sum / self.count, self.low, self.high)
 
 
+def _separate(gates: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Gates of which no two vary over the same axis, as others are multiplied out: means and extremes then multiply."""
+    shapes = [[size > 1 for size in gate.shape[1:]] for gate in gates]
+    shared = any(sum(axes) > 1 for axes in zip(*shapes, strict=True))
+    # positions are averaged together, so that two of their axes are as one
+    positions = sum(any(axes[1:]) for axes in shapes)
+    return [prod(gates[1:], start=gates[0])] if shared or positions > 1 else gates
+
+
 def over_probes(sites: Mapping[str, Attached]) -> dict[str, Movement]:
     """How the gates move over random maps of all magnitudes."""
     found = {}
     for name, wrapper in sites.items():
-        if isinstance(wrapper.attention, Gate):
+        if effects.has_gates(wrapper.attention):
             gate = copy.deepcopy(wrapper.attention).cpu().double().eval()
             collector = _Collector()
             with torch.no_grad():
-                for probe in _probes(wrapper.convattn_site):
-                    collector.add(gate.gates(probe))
+                for probe in _probes(gate, wrapper.convattn_site):
+                    collector.add(effects.gates(gate, probe), probe)
             found[name] = collector.movement
     return found
 
 
-def _probes(site: Site) -> Iterator[torch.Tensor]:
+def _probes(gate: nn.Module, site: Site) -> Iterator[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shape = (PROBES, site.channels, *(min(side, PROBE_SIDE) for side in site.size))
+    shape = (PROBES, site.channels, *_sides(gate, site))
     for scale in SCALES:
         # each channel with a level of its own: of zero-mean maps every mean would be nearly 0
         level = torch.randn(*shape[:2], *[1] * len(site.size), generator=generator, dtype=torch.float64)
@@ -89,13 +100,23 @@ def _probes(site: Site) -> Iterator[torch.Tensor]:
         yield torch.cat([probe, -probe])
 
 
+def _sides(gate: nn.Module, site: Site) -> tuple[int, ...]:
+    small = tuple(min(side, PROBE_SIDE) for side in site.size)
+    try:
+        effects.gates(gate, torch.zeros(1, site.channels, *small, dtype=torch.float64))
+    except Exception:
+        # a module of the user's own may hold a number for each position
+        return site.size
+    return small
+
+
 def over_images(sites: Mapping[str, Attached], run: Callable[[], object]) -> dict[str, Movement]:
     """How the gates move over the images on which the network is run."""
-    collectors = {name: _Collector() for name, one in sites.items() if isinstance(one.attention, Gate)}
+    collectors = {name: _Collector() for name, one in sites.items() if effects.has_gates(one.attention)}
 
     def keep(name: str) -> Any:
         def hook(module: Any, args: tuple[torch.Tensor, ...]) -> None:
-            collectors[name].add(module.gates(args[0]))
+            collectors[name].add(effects.gates(module, args[0]), args[0])
 
         return hook
 

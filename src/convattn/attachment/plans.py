@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from convattn import checks, cost, tables
+from convattn import checks, cost, own_code, tables
 from convattn.attachment.sites import PLACES, Place, Skipped, Survey
 from convattn.attachment.wrapper import Attached, Blended, BlendedHead, layer_of
 from convattn.errors import AttachError, InvalidOption
-from convattn.nn.base import STARTS
-from convattn.registry import Entry, entry, names
+from convattn.nn.base import STARTS, Gate, Head, Update
+from convattn.registry import Entry, Factory, entry, entry_of, is_known, names
 
 Where = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 UNCHANGED = "The model was not changed."
+UNNAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,9 @@ def plan(
 
     Args:
         model: the network.
-        attention: a registered name, a gate and a head joined with `+`: `"cbam+dual"`, or a factory: any callable from
-            a number of channels to a module that gives maps of the shape that it takes.
+        attention: a registered name, `FILE.py:NAME`, a gate (or update) and a head joined with `+`: `"cbam+dual"`, a
+            class of a `Gate`, `Update` or `Head`, or a factory: any callable from a number of channels to a module that
+            gives maps of the shape that it takes.
         at: where gates stand:
 
             - `residual`: on the residual branch, just before the sum with the shortcut
@@ -170,19 +172,35 @@ def plan(
 
 
 def built(one: Entry, place: Place, start: str, options: dict[str, Any]) -> nn.Module:
-    """The module for a place: a gate, or a head to be blended with the network's own pooling."""
-    made_here = _is_factory(one)
-    shape = {} if made_here else {"dimensions": len(place.size)}
-    if one.kind == "gate":
-        if made_here:
-            return Blended(one.build(place.channels, **options), start=start)
-        return one.build(place.channels, start=start, **shape, **options)  # type: ignore[no-any-return]
-    head = one.build(place.channels, **shape, **options)
-    if made_here:
-        features = cost.counted(head, torch.zeros(1, place.channels, *place.size))[0].shape[1]
-    else:
+    """The module for a place: on the map, or a head to be blended with the network's own pooling."""
+    if one.kind != "head":
+        return _on_map(one, place, start, options)
+    head = one.build(place.channels, **_offered(one, {"dimensions": len(place.size)}), **options)
+    if isinstance(head, Head) and head.features is not None:
         features = head.features
+    else:
+        features = cost.counted(head, torch.zeros(1, place.channels, *place.size))[0].shape[1]
     return BlendedHead(head, width=place.width, features=features, start=start)
+
+
+def _on_map(one: Entry, place: Place, start: str, options: dict[str, Any]) -> nn.Module:
+    """A gate or an update, which blends itself; or any other module, blended from outside."""
+    offered = _offered(one, {"dimensions": len(place.size), "start": start})
+    module: nn.Module = one.build(place.channels, **offered, **options)
+    of_contract = isinstance(module, Gate | Update)
+    if of_contract and start == "identity" and module.strength is not None:
+        # a strength of 0 in front of another would never learn
+        return module
+    return module if of_contract and not _is_factory(one) and start == "paper" else Blended(module, start=start)
+
+
+def _offered(one: Entry, given: dict[str, Any]) -> dict[str, Any]:
+    """What a module is told of its place, as far as it wants to know."""
+    if _is_factory(one):
+        return {}
+    wanted = {each.name for each in _parameters(one)}
+    anything = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in _parameters(one))
+    return {name: value for name, value in given.items() if anything or name in wanted}
 
 
 def signature(model: nn.Module) -> str:
@@ -195,26 +213,57 @@ def signature(model: nn.Module) -> str:
     return hashlib.blake2b(repr((modules, shapes)).encode(), digest_size=16).hexdigest()
 
 
-def _entries(attention: str | Callable[[int], nn.Module], at: str) -> list[Entry]:
-    if not isinstance(attention, str) and callable(attention):
-        name = getattr(attention, "__name__", type(attention).__name__)
-        return [Entry(name, "head" if at == "pool" else "gate", Factory, attention)]
-    found = [entry(name) for name in (attention.split("+") if isinstance(attention, str) else [attention])]
-    kinds = [one.kind for one in found]
-    if len(set(kinds)) < len(kinds):
-        raise AttachError(
-            f"{attention!r} names two modules for the same sites; one gate and one head can be joined. {UNCHANGED}"
-        )
-    if at == "pool" and "gate" in kinds:
+def own_entry(attention: Any, at: str | None = None, name: str | None = None) -> Entry:
+    """The entry of a class or of a factory, which needs no registered name.
+
+    Raises:
+        InvalidOption: neither of them.
+    """
+    if not callable(attention) or isinstance(attention, nn.Module):
         raise InvalidOption(
-            f"plan: at='pool' takes a pooling head, and {attention!r} has a gate, which stands at='final'; "
+            f"plan: expected a name, or a class or factory that makes a module of a number of channels, got "
+            f"{checks.said(attention)}. {UNCHANGED}"
+        )
+    known = entry_of(attention)
+    if known is not None and name in (None, known.name):
+        return known
+    name = name or str(getattr(attention, "__name__", type(attention).__name__))
+    if isinstance(attention, type) and issubclass(attention, Gate | Update | Head):
+        build = attention if known is None else known.build
+        return Entry(name, attention.convattn_kind, attention, build, registered=False)  # type: ignore[arg-type]
+    return Entry(name, "head" if at == "pool" else "gate", Factory, attention, registered=False)
+
+
+def entries_of(attention: str, at: str | None = None) -> list[Entry]:
+    """The entries of a name, or of two that are joined with `+`; those of `FILE.py:NAME` run that file.
+
+    Raises:
+        UnknownName: no such name.
+    """
+    return [
+        own_entry(own_code.load(name), at, name) if own_code.is_named(name) and not is_known(name) else entry(name)
+        for name in attention.split("+")
+    ]
+
+
+def _entries(attention: Any, at: str) -> list[Entry]:
+    if callable(attention):
+        found = [own_entry(attention, at)]
+    else:
+        found = entries_of(attention, at) if isinstance(attention, str) else [entry(attention)]
+    on_maps = [one for one in found if one.kind != "head"]
+    if len(on_maps) > 1 or len(found) - len(on_maps) > 1:
+        raise AttachError(
+            f"{attention!r} names two modules for the same sites; one gate or update and one head can be joined. "
+            f"{UNCHANGED}"
+        )
+    if at == "pool" and on_maps:
+        raise InvalidOption(
+            f"plan: at='pool' takes a pooling head, and {attention!r} has "
+            f"{'a gate' if on_maps[0].kind == 'gate' else 'an update'}, which stands at='final'; "
             f"heads are {', '.join(names('head'))}. {UNCHANGED}"
         )
     return found
-
-
-class Factory:
-    """What stands for the class of a module in the entry of a factory."""
 
 
 def _is_factory(one: Entry) -> bool:
@@ -223,22 +272,36 @@ def _is_factory(one: Entry) -> bool:
 
 def _shares(entries: list[Entry], options: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Each option to the modules that take it."""
-    if _is_factory(entries[0]):
+    if len(entries) == 1 and _is_factory(entries[0]):
         return {entries[0].name: options}
-    accepted = {one.name: _accepted(one) for one in entries}
     for option in options:
-        if not any(option in known for known in accepted.values()):
-            known = sorted(set().union(*accepted.values()))
+        if not any(_takes(one, option) for one in entries):
+            known = sorted(set().union(*map(_accepted, entries)))
             raise InvalidOption(
-                f"{'+'.join(accepted)} takes no option {option!r}. {checks.suggestion(option, known)} {UNCHANGED}"
+                f"{'+'.join(one.name for one in entries)} takes no option {option!r}. "
+                f"{checks.suggestion(option, known)} {UNCHANGED}"
             )
-    return {name: {key: value for key, value in options.items() if key in known} for name, known in accepted.items()}
+    return {one.name: {key: value for key, value in options.items() if _takes(one, key)} for one in entries}
 
 
 def _accepted(one: Entry) -> set[str]:
     # channels and dimensions come from the network, the start from the plan, and the classifier stays the network's own
     given = {"channels", "dimensions", "start", "features", "classes", "dropout"}
-    return {name for name in inspect.signature(one.module).parameters if name not in given}
+    return {each.name for each in _parameters(one) if each.kind not in UNNAMED} - given
+
+
+def _takes(one: Entry, option: str) -> bool:
+    return option in _accepted(one) or any(each.kind is inspect.Parameter.VAR_KEYWORD for each in _parameters(one))
+
+
+def _parameters(one: Entry) -> list[inspect.Parameter]:
+    """The parameters of a module, without the first one of ours and of others, which is the number of channels."""
+    try:
+        found = list(inspect.signature(one.build if _is_factory(one) else one.module).parameters.values())
+    except (TypeError, ValueError):
+        # of what is written in another language nothing is known
+        return []
+    return found[1:] if found and found[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD else found
 
 
 def _picked(
@@ -310,13 +373,13 @@ def _sites(one: Entry, places: list[Place], start: str, options: dict[str, Any])
         if key not in costs:
             costs[key] = _cost(one, place, start, options)
         shown = (place.name, place.place, place.side, place.stage, place.channels, place.size, place.channels_last)
-        found.append(Site(*shown, one.name, *costs[key], start, options, place, not _is_factory(one)))
+        found.append(Site(*shown, one.name, *costs[key], start, options, place, one.registered))
     return found
 
 
 def _cost(one: Entry, place: Place, start: str, options: dict[str, Any]) -> tuple[int, int]:
     """Parameters and multiply-adds, from a module built and run once, which checks its options as well."""
-    if not _is_factory(one):
+    if one.is_ours:
         # without random numbers, and without the time that they take: what is computed does not matter
         with torch.device("meta"):
             module = built(one, place, start, options)
@@ -325,6 +388,9 @@ def _cost(one: Entry, place: Place, start: str, options: dict[str, Any]) -> tupl
         try:
             return _counted(built(one, place, start, options), place)
         except Exception as error:
+            if isinstance(error, InvalidOption) and not _is_factory(one):
+                # the module says better what is wrong with its options
+                raise
             raise AttachError(
                 f"{one.name!r} makes no module for the {place.channels} channels of {place.name!r} "
                 f"({type(error).__name__}: {checks.reason(error)}). {UNCHANGED}"
@@ -337,6 +403,8 @@ def _counted(module: nn.Module, place: Place) -> tuple[int, int]:
         inputs.append(torch.zeros(1, place.width, device="cpu"))
     # blending would broadcast what has another shape
     y, multiply_adds = cost.counted(module.module if isinstance(module, Blended) else module, *inputs)
+    if not isinstance(y, torch.Tensor):
+        raise TypeError(f"it gives a {type(y).__name__}, not a map")
     if y.shape != inputs[-1].shape:
         raise ValueError(f"it gives the shape {tuple(y.shape)} for {tuple(inputs[-1].shape)}")
     return cost.parameters(module), multiply_adds

@@ -22,7 +22,7 @@ from convattn import checks, registry
 from convattn.attachment import descriptions, freezing
 from convattn.attachment.attaching import Pair, attached, exchange, partners, wrapped
 from convattn.attachment.descriptions import ABOUT, FORMATS, Fingerprint, Saved
-from convattn.attachment.plans import UNCHANGED, Factory, Site, built
+from convattn.attachment.plans import UNCHANGED, Site, built, own_entry
 from convattn.attachment.wrapper import ATTENTION, Attached, layer_of
 from convattn.errors import AttachError, InvalidOption, UnknownName, WeightsError
 from convattn.registry import Entry
@@ -122,7 +122,7 @@ def load(
         weights: `"same"` refuses a network whose own weights differ from those that the attention was trained on, which
             would give another output; `"any"` takes any weights in a network of the same structure, and attention then
             works on these. What was saved of the network is restored in both cases.
-        factories: the callables, by name, that made modules which are not registered.
+        factories: the classes or factories, by name, of modules that `convattn.register` has not entered.
 
     Raises:
         WeightsError: no such files, damaged ones, or those of another network; the message says what differs.
@@ -365,7 +365,7 @@ def _entry(site: Site, factories: Mapping[str, Callable[[int], nn.Module]], fold
             f"The attention at {site.name!r} was made by a factory called {site.attention!r}: give it with "
             f"factories={{{site.attention!r}: ...}}. {UNCHANGED}"
         )
-    return Entry(site.attention, "head" if site.place == "pool" else "gate", Factory, factories[site.attention])
+    return own_entry(factories[site.attention], site.place, site.attention)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -26,6 +26,7 @@ Examples:
   convattn compare digits --variants cbam --controls placebo,adapter,wider,noise
   convattn compare photos/ --until decided --max-seeds 12
   convattn compare convattn-photos-1a2b3c4d --add-seeds 3
+  convattn compare photos/ --variants se,mine.py:MyGate
   convattn compare photos/ --folds 5
   convattn compare photos/ --weights resnet18.safetensors --backbone timm:resnet18 --tune lr --audit-selection
   convattn compare photos/ --weights resnet20-12fca82f.th --variants cbam --gate-learning-rate 0.1
@@ -67,10 +68,13 @@ Examples:
   convattn bench --device cuda --dtype bfloat16 --network resnet50 --batch 128
 """
 
+TRUST = "Code that may be run where the folder of --add-seeds names it; may be given several times."
+
 SHOW_EXAMPLES = """\b
 Examples:
   convattn show convattn-digits-1a2b3c4d/runs/cbam-seed0/weights.safetensors cat.jpg dog.jpg --out shown
   convattn show weights.safetensors cat.jpg --layer layer3 --out shown
+  convattn show weights.safetensors cat.jpg --trust mine.py:network --out shown
 """
 
 
@@ -105,7 +109,7 @@ def compare(
         str, typer.Option(help="pretrained, none, or a file (safetensors or pickle of tensors).")
     ] = "none",
     variants: Annotated[
-        str, typer.Option(help="Names joined with +, separated by commas.", show_default=True)
+        str, typer.Option(help="Names or FILE.py:NAME joined with +, separated by commas.", show_default=True)
     ] = "se,cbam,dual,cbam+dual",
     controls: Annotated[
         str, typer.Option(help="placebo, adapter, wider (each for every variant) and noise, separated by commas.")
@@ -162,6 +166,7 @@ def compare(
             help="Score the test images at every epoch, only to show what choosing the epoch on them would report.",
         ),
     ] = False,
+    trust: Annotated[list[str] | None, typer.Option(help=TRUST, metavar="FILE.py:NAME", show_default="none")] = None,
 ) -> None:
     """Train a network with and without attention on your images, and say whether it is worth it.
 
@@ -195,6 +200,7 @@ def compare(
         gate_learning_rate=gate_learning_rate,
         tune=tune,
         audit_selection=audit_selection,
+        trust=tuple(trust or ()),
     )
 
 
@@ -225,8 +231,12 @@ def verdict(
 @app.command(epilog=REPORT_EXAMPLES)
 def report(
     folder: Annotated[Path, typer.Argument(help="A folder that 'compare' or 'verdict --out' wrote.")],
+    trust: Annotated[
+        list[str] | None,
+        typer.Option(help="As for show; a report runs no code of any file.", metavar="FILE.py:NAME", hidden=True),
+    ] = None,
 ) -> None:
-    """Draw the report of a comparison anew, from its results.json, without training or data.
+    """Draw the report of a comparison anew, from its results.json, without training, data or code of the user.
 
     Writes report.html, and the numbers beside it as results.csv and results.md.
     """
@@ -298,7 +308,7 @@ def sites(
     network: Annotated[
         str, typer.Argument(help="resnet20 to resnet110, timm:NAME, torchvision:NAME or FILE.py:function.")
     ],
-    attention: Annotated[str, typer.Option(help="A registered name, or a gate and a head joined with +.")] = "cbam",
+    attention: Annotated[str, typer.Option(help="Name or FILE.py:NAME, or a gate and a head joined with +.")] = "cbam",
     at: Annotated[
         str,
         typer.Option(help="residual, residual-pre, residual-post, shortcut, block, stage, final, layer or pool."),
@@ -342,9 +352,17 @@ def show(
     images: Annotated[list[Path], typer.Argument(help="Image files.", metavar="IMAGE...")],
     out: Annotated[Path, typer.Option(help="Folder for pictures and numbers.")],
     layer: Annotated[str | None, typer.Option(help="Also the feature maps of this layer.")] = None,
+    trust: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Code that may be run if the checkpoint names it; may be given several times.",
+            metavar="FILE.py:NAME",
+            show_default="none",
+        ),
+    ] = None,
 ) -> None:
     """Show what the gates of a trained network attend to, and which of them do nothing."""
     from convattn import showing
 
-    folder = showing.show(checkpoint, images, out, layer=layer)
+    folder = showing.show(checkpoint, images, out, layer=layer, trust=tuple(trust or ()))
     sys.stdout.write(f"{showing.table(folder)}\n\nPictures and numbers: {folder}\n")

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from convattn import checks, reporting
+from convattn import checks, own_code, registry, reporting
 from convattn.compare import changes, leaks, rounds, stats, timing, tuning
 from convattn.compare import folder as folders
 from convattn.compare.controls import seed_of
@@ -28,6 +28,7 @@ from convattn.compare.options import (
     DEFAULT_VARIANTS,
     WEIGHT_DECAY,
     Options,
+    Variants,
     backbone_of,
     check_networks,
     fingerprint_of,
@@ -38,9 +39,8 @@ from convattn.compare.verdicts import signed
 from convattn.compare.workers import RUNS, run_all
 from convattn.data import ARRAY, Images, Source, check_counts, decode, open_source, overview, split
 from convattn.errors import ComparisonError, InvalidOption
-from convattn.registry import entry
 from convattn.tables import aligned
-from convattn.train import RunSpec, evaluation_shape, finished, functions, start_accuracy, write
+from convattn.train import RunSpec, checkpoint, evaluation_shape, finished, functions, start_accuracy, write
 from convattn.train.checkpoint import BASELINE
 from convattn.train.controls import NOISE
 
@@ -52,7 +52,7 @@ def run(
     *,
     backbone: str | functions.Build = "resnet20",
     weights: str | Path | None = None,
-    variants: str | Sequence[str] | Mapping[str, functions.Build] = DEFAULT_VARIANTS,
+    variants: Variants = DEFAULT_VARIANTS,
     train: functions.Train | None = None,
     controls: str | Sequence[str] = "none",
     start: str | None = None,
@@ -75,6 +75,7 @@ def run(
     gate_learning_rate: float | None = None,
     tune: str | None = None,
     audit_selection: bool = False,
+    trust: own_code.Trust = (),
 ) -> dict[str, Any]:
     """Train baseline and variants on images over several seeds, and say what each variant gains and costs.
 
@@ -88,9 +89,11 @@ def run(
             `"digits"`.
         backbone: see `convattn.networks.create`; or a function of a seed that returns any module.
         weights: `"pretrained"`, None for random ones, or a file.
-        variants: registered names, joined with `+`, as a sequence or separated by commas; or a dictionary from names
-            of your own to functions of a seed that return any module, of as many classes as the data have. PyTorch's
-            random numbers have that seed when such a function is called.
+        variants: what stands in the network: names (registered, or `FILE.py:NAME`), joined with `+`, as a sequence or
+            separated by commas; classes or factories of modules (from a number of channels), one or among the names of
+            a sequence; or a dictionary from names of your own to classes, to factories whose first argument is called
+            `channels`, `dim` or the like, or to functions of a seed that return any whole network, of as many classes
+            as the data have. PyTorch's random numbers have that seed when such a function is called.
         train: in place of our training, a function of (model, split, seed) that trains the model and returns the class
             probabilities of the test images, (images, classes). `split.train`, `split.validation` and `split.test` are
             datasets of (x, label), see `convattn.data.Part`; the labels of the test images are hidden. It is called
@@ -103,7 +106,7 @@ def run(
         until: `"decided"` adds a seed at a time until every variant is decided or will hardly be, see `max_seeds`.
         max_seeds: the most seeds then, 12 by default; every look in between spends from one budget.
         add_seeds: go on with the comparison in the folder `data` with so many seeds more; all else is as it was there,
-            but for functions, which have to be given again.
+            but for functions and classes, which have to be given again, and code of a file, see `trust`.
         folds: test every image once for each seed, by one of so many networks that did not see it; for data of few
             images. Parts that the data are given in then do not count.
         epochs: by default 30 from random weights and 10 from loaded ones.
@@ -123,18 +126,20 @@ def run(
             from the same five around `learning_rate` and with trainings of seeds that are not compared.
         audit_selection: score the test images at every epoch as well, to show what others would have reported who
             choose the epoch on them; nothing else changes.
+        trust: with `add_seeds`, code of the form `FILE.py:NAME` that may be run where the folder names it; no other is.
 
     Returns:
         The content of `results.json`, and `"folder"`, where it and `report.html` are.
 
     Raises:
-        ConvattnError: a request that cannot be carried out; nothing was written.
+        UntrustedCode: the folder `data` names code that is not trusted; nothing was run.
+        ConvattnError: any other request that cannot be carried out; nothing was written.
         RunFailed: a run broke.
     """
     if add_seeds is not None:
         given = {"backbone": backbone, "variants": variants, "train": train}
         how = {"jobs": jobs, "device": device, "quiet": quiet}
-        return _continued(data, add_seeds, given, smallest_gain=smallest_gain, **how)
+        return _continued(data, add_seeds, given, trust, smallest_gain=smallest_gain, **how)
     options = parse(
         data,
         backbone=backbone,
@@ -160,11 +165,15 @@ def run(
         tune=tune,
         audit_selection=audit_selection,
     )
-    display = Display(quiet=quiet)
+    with registry.also(options.own):
+        return _run(options, out, Display(quiet=quiet))
+
+
+def _run(options: Options, out: str | Path | None, display: Display) -> dict[str, Any]:
     for variant in options.variants:
         for name in variant.split("+") if variant not in options.builds else ():
-            entry(name)
-    source = open_source(data)
+            registry.entry(name)
+    source = open_source(options.data)
     folder = Path(out) if out is not None else options.folder(source.name)
     threads = torch.get_num_threads()
     try:
@@ -175,13 +184,23 @@ def run(
 
 
 def _continued(
-    folder: str | Path, more: int, given: dict[str, Any], *, smallest_gain: float | None, **how: Any
+    folder: str | Path,
+    more: int,
+    given: dict[str, Any],
+    trust: own_code.Trust,
+    *,
+    smallest_gain: float | None,
+    **how: Any,
 ) -> dict[str, Any]:
     """The comparison of a folder with more seeds, its functions as given."""
     checks.positive("compare", "add_seeds", more)
     folder = Path(folder)
     asked = folders.options_of(folder)
-    asked |= _functions(folder, asked.pop("builds"), asked.pop("train"), given)
+    found = _functions(folder, asked.pop("builds", {}), asked.pop("train", None), asked.pop("own", {}), given)
+    named = [] if "backbone" in found else [asked.get("backbone")]
+    named += [] if "variants" in found else [name for one in asked.get("variants", []) for name in one.split("+")]
+    own_code.check(named, folder / folders.PLAN, trust)
+    asked |= found
     taken = rounds.looks(folder, None)
     if not taken.seeds:
         raise ComparisonError(f"{folder} is not done yet: give the command that began it once more.")
@@ -192,15 +211,22 @@ def _continued(
     return run(**asked, seeds=taken.seeds[-1] + more, smallest_gain=smallest, out=folder, **how)
 
 
-def _functions(folder: Path, builds: dict[str, str], train: str | None, given: dict[str, Any]) -> dict[str, Any]:
-    """The functions that a comparison was begun with; that they are the same is checked with all other options."""
-    wanted = {"backbone": BASELINE in builds, "variants": bool(set(builds) - {BASELINE}), "train": train is not None}
+def _functions(
+    folder: Path, builds: dict[str, str], train: str | None, own: dict[str, str], given: dict[str, Any]
+) -> dict[str, Any]:
+    """The functions and classes that a comparison was begun with, as they are given again.
+
+    That they are the same is checked with all other options.
+    """
+    variants = bool(set(builds) - {BASELINE}) or not all(map(registry.is_known, own))
+    wanted = {"backbone": BASELINE in builds, "variants": variants, "train": train is not None}
     found = {name: given[name] for name, there in wanted.items() if there}
     for name, one in found.items():
-        if not callable(one) and not (name == "variants" and isinstance(one, Mapping)):
+        listed = name == "variants" and not isinstance(one, str) and not callable(one) and any(map(callable, one))
+        if not callable(one) and not listed and not (name == "variants" and isinstance(one, Mapping)):
             raise ComparisonError(
-                f"{folder} was begun from Python with functions of its own: call convattn.compare.run there with "
-                f"add_seeds and the same {', '.join(found)}."
+                f"{folder} was begun from Python with functions of its own, or classes: call convattn.compare.run "
+                f"there with add_seeds and the same {', '.join(found)}."
             )
     return found
 
@@ -213,6 +239,9 @@ def _prepared(options: Options, source: Source, folder: Path, display: Display) 
         "network": fingerprint_of(options.backbone.rpartition(":")[0]),
         "functions": functions.fingerprint(options.callables),
     }
+    files = [one.name.rpartition(":")[0] for one in options.own if own_code.is_named(one.name)]
+    if files:
+        fingerprints["modules"] = fingerprint_of(*files)
     known = folders.check(folder, options, fingerprints)
     rounds.check(folder, options.seeds, options.max_seeds)
     if known and ((folder / ARRAY).exists() or _is_complete(options, folder)):
@@ -419,7 +448,14 @@ def _spec(
         fold=fold,
         folds=options.folds,
         audit=options.audit_selection,
+        own=_sent(options, variant),
     )
+
+
+def _sent(options: Options, variant: str) -> tuple[registry.Entry, ...]:
+    """The user's own modules of a network, but for those of a file, which every process loads by itself."""
+    modules = checkpoint.modules_of(variant)
+    return tuple(one for one in options.own if one.name in modules and not own_code.is_named(one.name))
 
 
 def _conclude(results: dict[str, Any], report: Path, display: Display) -> None:

@@ -4,10 +4,11 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from convattn.compare.options import Options
+from convattn.compare.options import NOT_HASHED, Options
 from convattn.data import ARRAY, INDEX
 from convattn.errors import ComparisonError
 from convattn.train import write
@@ -93,10 +94,23 @@ def clear(folder: Path) -> None:
     shutil.rmtree(folder / UNPACKED, ignore_errors=True)
 
 
+def _are_options(options: Any) -> bool:
+    """Whether these can be the options of a comparison: what it calls with them is code of ours, or named in them."""
+    if not isinstance(options, dict) or not options.keys() <= {one.name for one in fields(Options)} - {*NOT_HASHED}:
+        return False
+    variants, functions = options.get("variants", []), [options.get(key, {}) for key in ("builds", "own")]
+    return (
+        isinstance(options.get("backbone", ""), str)
+        and isinstance(variants, list)
+        and all(isinstance(name, str) for name in variants)
+        and all(isinstance(one, dict) for one in functions)
+    )
+
+
 def _plan_of_comparison(folder: Path) -> dict[str, Any]:
     try:
         there = plan(folder)
-        if isinstance(there["options"], dict) and isinstance(there["fingerprints"], dict):
+        if _are_options(there["options"]) and isinstance(there["fingerprints"], dict):
             return there
     except (ValueError, KeyError, TypeError, OSError):
         pass

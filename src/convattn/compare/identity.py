@@ -54,6 +54,7 @@ def headline(variants: Sequence[Mapping[str, Any]]) -> str:
 
 def _on_maps(variant: str) -> tuple[str, bool]:
     """The title of what a variant has on maps, heads left out, and whether all of that are gates."""
-    here = [name for name in variant.split("+") if name in registry.names("gate")]
-    are_gates = all(issubclass(registry.entry(name).module, Gate) for name in here)
-    return title("+".join(here) or variant), bool(here) and are_gates
+    entries = [registry.entry(name) for name in variant.split("+") if registry.is_known(name)]
+    here = [one for one in entries if one.kind != "head"]
+    are_gates = all(issubclass(one.module, Gate) for one in here)
+    return title("+".join(one.name for one in here) or variant), bool(here) and are_gates

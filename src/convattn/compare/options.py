@@ -6,15 +6,16 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from convattn import checks, networks
+from convattn import checks, networks, own_code, registry
 from convattn.attachment import plan
+from convattn.attachment.plans import own_entry
 from convattn.compare import controls as control
 from convattn.compare import tuning
 from convattn.compare.rounds import UNTIL
@@ -34,6 +35,8 @@ EPOCHS, FINE_TUNING_EPOCHS = 30, 10
 NOT_HASHED = ("seeds", "jobs", "smallest_gain", "until", "max_seeds", "rates", "ended")
 SEEDS, FIRST_SEEDS, MAX_SEEDS = 5, 3, 12
 SMALLEST_GAIN = 0.5
+# a name, a class or factory of a module, several of them, or by name functions that build whole networks as well
+Variants = str | Callable[..., Any] | Sequence[str | Callable[..., Any]] | Mapping[str, Callable[..., Any]]
 # it becomes the name of a folder
 NAME = re.compile(r"[\w.+-]+")
 
@@ -71,6 +74,8 @@ class Options:
     # functions of the user: what builds a network, by its name, and what trains it
     builds: Mapping[str, functions.Build] = field(default_factory=dict)
     train: functions.Train | None = None
+    # modules of the user's own, by the names that they have among the variants
+    own: tuple[registry.Entry, ...] = ()
 
     def recipe(self, name: str) -> Recipe:
         """How a network is trained: each like all others, but for a learning rate that it chose."""
@@ -84,8 +89,12 @@ class Options:
 
     @property
     def callables(self) -> list[Callable[..., Any]]:
-        """All functions of the user."""
-        return [*self.builds.values(), *([] if self.train is None else [self.train])]
+        """All functions and classes of the user that no command line can name."""
+        return [*self.builds.values(), *([] if self.train is None else [self.train]), *self._own.values()]
+
+    @property
+    def _own(self) -> dict[str, Callable[..., Any]]:
+        return {one.name: one.source for one in self.own if not own_code.is_named(one.name)}
 
     @property
     def parts(self) -> Iterator[tuple[int, int | None]]:
@@ -105,6 +114,9 @@ class Options:
         content = {key: value for key, value in vars(self).items() if key not in NOT_HASHED}
         content["builds"] = {name: functions.label(one) for name, one in self.builds.items()}
         content["train"] = None if self.train is None else functions.label(self.train)
+        del content["own"]
+        if self._own:
+            content["own"] = {name: functions.label(one) for name, one in self._own.items()}
         for key in ("data", "weights"):
             if content[key] and Path(content[key]).exists():
                 content[key] = Path(content[key]).resolve().as_posix()
@@ -122,11 +134,20 @@ class Options:
             return self._call(self.data, self._given(self.seeds)) if self.callables else self._command(self.seeds)
         more = [b - a for a, b in itertools.pairwise(looks)]
         if self.callables:
-            added = [self._call(str(folder), {"add_seeds": count}) for count in more]
+            trust = {"trust": self.named_code} if self.named_code else {}
+            added = [self._call(str(folder), {"add_seeds": count} | trust) for count in more]
             out = {"out": str(folder)} if added else {}
             return "\n".join([self._call(self.data, self._given(looks[0]) | out), *added])
-        added = [f"convattn compare --add-seeds {count} {_quoted(str(folder))}" for count in more]
+        trusted = "".join(f" --trust {_quoted(name)}" for name in self.named_code)
+        added = [f"convattn compare --add-seeds {count}{trusted} {_quoted(str(folder))}" for count in more]
         return " && ".join([self._command(looks[0]) + (f" --out {_quoted(str(folder))}" if added else ""), *added])
+
+    @property
+    def named_code(self) -> list[str]:
+        """Code of the form FILE.py:NAME, which the folder of this comparison names from then on."""
+        named = [] if BASELINE in self.builds else [self.backbone]
+        named += [one.name for one in self.own]
+        return list(filter(own_code.is_named, named))
 
     def _given(self, seeds: int) -> dict[str, Any]:
         """Every option that makes a difference, as `run` takes it."""
@@ -154,8 +175,13 @@ class Options:
         named = {name: functions.label(one).replace(":", ".") for name, one in self.builds.items()}
         if BASELINE in named:
             said["backbone"] = named.pop(BASELINE)
-        if named:
+        given_here = {one.name for one in self.own if not one.registered}
+        named |= {name: functions.label(one).replace(":", ".") for name, one in self._own.items() if name in given_here}
+        if named and set(self.variants) <= set(named):
             said["variants"] = "{" + ", ".join(f"{name!r}: {one}" for name, one in named.items()) + "}"
+        elif named:
+            # in a list each has the name of its function
+            said["variants"] = "[" + ", ".join(named.get(name, repr(name)) for name in self.variants) + "]"
         if self.train is not None:
             said["train"] = functions.label(self.train).replace(":", ".")
         given = "".join(f", {name}={value}" for name, value in said.items())
@@ -167,7 +193,7 @@ def parse(
     *,
     backbone: str | functions.Build,
     weights: str | Path | None,
-    variants: str | Sequence[str] | Mapping[str, functions.Build],
+    variants: Variants,
     controls: str | Sequence[str] | None,
     start: str | None,
     epochs: int | None,
@@ -219,15 +245,17 @@ def parse(
     checks.choice(where, "start", start, STARTS)
     if folds is not None and not (isinstance(folds, int) and folds >= 2):
         raise InvalidOption(f"compare: folds must be 2 or more, got {folds!r}.")
-    builds = _builds(backbone, variants, controls, chosen)
+    names, built, own = _named(variants)
+    builds = _builds(backbone, built, controls, chosen)
     if jobs > 1:
-        functions.check_sendable([*builds.values(), *([train] if train else [])])
+        sent = [one.source for one in own if not own_code.is_named(one.name)]
+        functions.check_sendable([*builds.values(), *([train] if train else []), *sent])
     usual = (FINE_TUNING_RATE if chosen else RATE) * batch_size / RATE_BATCH
     return Options(
         data=str(data),
         backbone=backbone if isinstance(backbone, str) else functions.label(backbone),
         weights=chosen,
-        variants=_variants(list(variants) if isinstance(variants, Mapping) else variants),
+        variants=_variants(names),
         controls=control.parse(controls, chosen),
         start=start,
         epochs=epochs or (FINE_TUNING_EPOCHS if chosen else EPOCHS),
@@ -249,6 +277,7 @@ def parse(
         audit_selection=audit_selection,
         builds=builds,
         train=train,
+        own=own,
     )
 
 
@@ -299,27 +328,100 @@ def _check_training(
         )
 
 
+def _named(variants: Variants) -> tuple[list[str], dict[str, functions.Build], tuple[registry.Entry, ...]]:
+    """The names of the variants, the functions that build whole networks, and the modules of the user's own."""
+    builds: dict[str, functions.Build] = {}
+    own: dict[str, registry.Entry] = {}
+    names = []
+    for name, one in _pairs(variants):
+        names.append(name)
+        if not callable(one):
+            own |= {entry.name: entry for entry in _own_modules(name)}
+        elif functions.builds_network(one, otherwise=isinstance(variants, Mapping)):
+            builds[name] = one
+        else:
+            entry = _own_module(name, one)
+            names[-1] = entry.name
+            if not entry.is_ours:
+                own[entry.name] = entry
+    return names, builds, tuple(own.values())
+
+
+def _pairs(variants: Any) -> list[tuple[str, Any]]:
+    """Each variant with its name: the callable, or the name itself."""
+    if isinstance(variants, Mapping):
+        for name, one in variants.items():
+            if not isinstance(name, str) or not NAME.fullmatch(name) or name in (BASELINE, NOISE):
+                raise InvalidOption(
+                    f"compare: expected a name of letters, digits and . _ - + for a variant, got {name!r}."
+                )
+            if not callable(one) or isinstance(one, torch.nn.Module):
+                raise InvalidOption(
+                    f"compare: expected a function that builds the variant {name!r}, or the class or a factory of a "
+                    f"module, got {checks.said(one)}."
+                )
+        return list(variants.items())
+    if isinstance(variants, str):
+        return [(name.strip(), None) for name in variants.split(",")]
+    listed = [variants] if callable(variants) else list(variants) if isinstance(variants, Iterable) else [variants]
+    for one in listed:
+        if not isinstance(one, str) and (not callable(one) or isinstance(one, torch.nn.Module)):
+            raise InvalidOption(
+                f"compare: expected names, classes or factories of modules as variants, or a dictionary from names to "
+                f"them or to functions that build networks, got {checks.said(one)}."
+            )
+    pairs = [(one.strip(), None) if isinstance(one, str) else (_name_of(one), one) for one in listed]
+    for name, one in pairs:
+        if callable(one) and not NAME.fullmatch(name):
+            raise InvalidOption(
+                f"compare: {name!r} is no name for a variant: give a dictionary, as in variants={{'mine': ...}}."
+            )
+    return pairs
+
+
+def _name_of(function: Any) -> str:
+    made = getattr(function, "func", function)
+    return str(getattr(made, "__name__", type(made).__name__))
+
+
+def _own_modules(variant: str) -> Iterator[registry.Entry]:
+    """The modules of the user's own that a variant names: of a file, or registered."""
+    for name in variant.split("+"):
+        if own_code.is_named(name):
+            yield own_entry(own_code.load(name), name=name)
+        elif registry.is_known(name) and not registry.entry(name).is_ours:
+            yield registry.entry(name)
+
+
+def _own_module(name: str, one: Callable[..., Any]) -> registry.Entry:
+    """The entry of a class or of a factory, under a name that is nothing else's."""
+    entry = own_entry(one)
+    if entry.registered and name in (entry.name, _name_of(one)):
+        return entry
+    registry.check_name("compare", name)
+    if registry.is_known(name):
+        raise InvalidOption(
+            f"compare: {name!r} is the name of {registry.entry(name).module.__name__} already: give another one in a "
+            f"dictionary, as in variants={{'mine': ...}}."
+        )
+    return own_entry(one, name=name)
+
+
 def _builds(
     backbone: str | functions.Build,
-    variants: str | Sequence[str] | Mapping[str, functions.Build],
+    own: Mapping[str, functions.Build],
     controls: str | Sequence[str] | None,
     weights: str | None,
 ) -> dict[str, functions.Build]:
     """The functions that build networks, by the names of these."""
-    own = dict(variants) if isinstance(variants, Mapping) else {}
     kinds = control.parse(controls, weights)
-    for name, function in own.items():
-        if not isinstance(name, str) or not NAME.fullmatch(name) or name in (BASELINE, NOISE):
-            raise InvalidOption(f"compare: expected a name of letters, digits and . _ - + for a variant, got {name!r}.")
-        if not callable(function):
-            raise InvalidOption(f"compare: expected a function that builds the variant {name!r}, got {function!r}.")
     if own and set(kinds) - {NOISE}:
         raise InvalidOption(
             f"compare: {next(kind for kind in kinds if kind != NOISE)} is a control for attention that has a name, and "
             f"{next(iter(own))!r} is built by a function; take noise, or build the control as another variant."
         )
     if isinstance(backbone, str):
-        return own
+        return dict(own)
     if not callable(backbone):
         raise InvalidOption(f"compare: expected a network's name or a function that builds it, got {backbone!r}.")
     if weights is not None:
@@ -329,16 +431,14 @@ def _builds(
     return {BASELINE: backbone, **own}
 
 
-def fingerprint_of(file: str | None) -> str | None:
-    """A hash of a file's content; None where there is no file."""
-    if file is None or not Path(file).is_file():
-        return None
-    return hashlib.blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()
+def fingerprint_of(*files: str | None) -> str | None:
+    """A hash of the content of files; None where there is none."""
+    contents = [Path(file).read_bytes() for file in files if file is not None and Path(file).is_file()]
+    return hashlib.blake2b(b"".join(contents), digest_size=16).hexdigest() if contents else None
 
 
-def _variants(variants: str | Sequence[str]) -> tuple[str, ...]:
-    names = variants.split(",") if isinstance(variants, str) else list(variants)
-    names = [name.strip() for name in names if name.strip() and name.strip() != BASELINE]
+def _variants(names: Sequence[str]) -> tuple[str, ...]:
+    names = [name for name in names if name and name != BASELINE]
     if not names:
         raise InvalidOption("compare: variants names nothing to compare with the baseline.")
     twice = [name for name in names if names.count(name) > 1]

@@ -1,8 +1,6 @@
 """A name in, a network out."""
 
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -10,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from convattn import checks
+from convattn import checks, own_code
 from convattn.errors import InvalidOption, UnknownName, WeightsError
 from convattn.networks import widths
 from convattn.networks.cifar_resnet import (
@@ -101,7 +99,7 @@ def wider(name: str, *, classes: int | None = None, parameters: int) -> nn.Modul
         return _build(name, classes, False, options)
 
     ours = name.rpartition(":")[0] == "" and name in NETWORKS
-    source = "own" if ours or ".py:" in name else name.rpartition(":")[0] or "timm"
+    source = "own" if ours or own_code.is_named(name) else name.rpartition(":")[0] or "timm"
     return build(widths.options(name, source, build, parameters))
 
 
@@ -122,7 +120,7 @@ def _build(
     name: str, classes: int | None, pretrained: bool, more: Mapping[str, Any] = MappingProxyType({})
 ) -> nn.Module:
     """Build a network, with `more` options of its own."""
-    if ".py:" in name:
+    if own_code.is_named(name):
         return _own(name, classes, pretrained, more)
     if name.endswith(".py"):
         raise UnknownName(f"{name} is a file: name the function in it that returns the network, {name}:FUNCTION.")
@@ -224,11 +222,7 @@ def _renew_classifier(network: nn.Module, name: str, own: int, classes: int) -> 
 
 
 def _own(name: str, classes: int | None, pretrained: bool, more: Mapping[str, Any]) -> nn.Module:
-    file, _, function = name.rpartition(":")
-    path = Path(file)
-    if not path.is_file():
-        raise UnknownName(f"No file {file}, named by the network {name!r}.")
-    build = _function(path, function)
+    build = own_code.load(name)
     accepted = inspect.signature(build).parameters
     options: dict[str, Any] = {}
     anything = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in accepted.values())
@@ -254,23 +248,6 @@ def _own(name: str, classes: int | None, pretrained: bool, more: Mapping[str, An
             f"not {classes}."
         )
     return given(network)
-
-
-def _function(path: Path, function: str) -> Callable[..., Any]:
-    spec = importlib.util.spec_from_file_location(f"convattn_own_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UnknownName(f"{path} is not a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses and pickles look their module up
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UnknownName(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
-    if not callable(getattr(module, function, None)):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UnknownName(f"{path} has no function {function!r}. {checks.suggestion(function, known)}")
-    return getattr(module, function)  # type: ignore[no-any-return]
 
 
 def _fetched(name: str, pretrained: bool, build: Callable[[], nn.Module]) -> nn.Module:

@@ -1,6 +1,6 @@
 """The modules, one paper a file: by hand in any network, or put into an existing one by `convattn.attach`."""
 
-from convattn.nn.base import Gate, Head
+from convattn.nn.base import Gate, Head, Update
 from convattn.nn.cbam import CBAM, ChannelAttention, SpatialAttention
 from convattn.nn.dual_pool import DualPool
 from convattn.nn.pooling import AvgMaxPool, AvgPool, ConcatPool, MaxPool
@@ -18,4 +18,5 @@ __all__ = [
     "MaxPool",
     "SpatialAttention",
     "SqueezeExcite",
+    "Update",
 ]

@@ -1,4 +1,4 @@
-"""What all modules share: the contract of a gate and of a pooling head."""
+"""What all modules share: the contracts of a gate, of an update and of a pooling head."""
 
 from typing import Any
 
@@ -47,7 +47,8 @@ class Gate(OnMaps):
     nothing, to the bit for finite input, and with strength 1 it is the paper's module.
     """
 
-    # what a gate varies over: "channel" or "spatial"
+    convattn_kind = "gate"
+    # the name of the gate; what it varies over is read from its shape
     axis = "channel"
     # one element and not a scalar: sharding wrappers refuse parameters without a dimension
     strength: nn.Parameter | None
@@ -114,12 +115,81 @@ class Gate(OnMaps):
         return y
 
 
+class Update(OnMaps):
+    """A module that adds to its input what it computes from it: y = x + update(x).
+
+    `update(x)` is what the paper adds, broadcastable to `x`. With `start="identity"` the module has one parameter more,
+    `strength` with one element, initially 0, and y = x + strength * update(x): a fresh module changes no finite input
+    (of a zero the sign may go), and with strength 1 it is the paper's module.
+
+    Example:
+        >>> class Context(Update):
+        ...     def __init__(self, channels, *, dimensions=2, start="paper"):
+        ...         super().__init__(channels=channels, dimensions=dimensions, start=start)
+        ...         self.transform = nn.Linear(channels, channels)
+        ...
+        ...     def update(self, x):
+        ...         return ops.broadcast(self.transform(ops.squeeze(x, "mean")), self.dimensions)
+        >>> x = torch.randn(2, 8, 4, 4)
+        >>> torch.equal(Context(8, start="identity")(x), x)
+        True
+    """
+
+    convattn_kind = "update"
+    strength: nn.Parameter | None
+
+    def __init__(self, *, channels: int | None, dimensions: int, start: str) -> None:
+        super().__init__(channels=channels, dimensions=dimensions)
+        checks.choice(type(self).__name__, "start", start, STARTS)
+        self.register_parameter("strength", nn.Parameter(torch.zeros(1)) if start == "identity" else None)
+
+    def __init_subclass__(cls, **options: object) -> None:
+        super().__init_subclass__(**options)
+        # as for a gate: whoever has another update and no forward of its own means that update
+        if "update" in vars(cls) and "forward" not in vars(cls):
+            cls.forward = Update.forward  # type: ignore[method-assign]
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """What the paper adds to the map, broadcastable to `x`."""
+        raise NotImplementedError
+
+    def added(self, x: torch.Tensor) -> torch.Tensor:
+        """What `forward` adds: the update times `strength`, in the dtype of the map."""
+        update, strength = self.update(x), self.strength
+        if strength is not None:
+            # so that strength 0 changes nothing where the sums of finite values overflowed either
+            update = strength * torch.nan_to_num(update)
+        return update.to(x.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The map with what is added to it, of the shape, dtype and memory format of `x`."""
+        return x + self.added(x)
+
+
 class Head(OnMaps):
     """A module that pools a map (B, C, *spatial) to a vector (B, features)."""
+
+    convattn_kind = "head"
 
     def __init__(self, *, channels: int | None, dimensions: int, features: int | None) -> None:
         super().__init__(channels=channels, dimensions=dimensions)
         self.features = features
+
+
+def aligned(small: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A gate or an update with the batch and the number of dimensions of its map, and 1 where it does not vary.
+
+    One for each group of channels may also have a dimension for them, as a map in groups has: (B, G, 1, *spatial).
+
+    Example:
+        >>> x = torch.zeros(2, 8, 4, 4)
+        >>> [tuple(aligned(torch.zeros(shape), x).shape) for shape in [(8, 1, 1), (2, 1, 4, 4), (2, 4, 1, 4, 4)]]
+        [(2, 8, 1, 1), (2, 1, 4, 4), (2, 4, 4, 4)]
+    """
+    if small.dim() == x.dim() + 1:
+        small = small.flatten(1, 2)
+    small = small.reshape([1] * (x.dim() - small.dim()) + list(small.shape))
+    return small.expand(len(x), *[-1] * (x.dim() - 1))
 
 
 def hidden_width(where: str, channels: int, reduction: int, hidden: int | None) -> int:

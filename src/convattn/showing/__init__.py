@@ -1,11 +1,13 @@
 """The gates themselves: what each site attends to, which sites do nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
+from convattn import own_code
 from convattn.checks import extra
 from convattn.errors import InvalidOption
 from convattn.showing import canvas, figures
@@ -16,18 +18,29 @@ __all__ = ["Row", "Table", "show", "table"]
 
 
 def show(
-    checkpoint: Path | str, images: Path | str | Sequence[Path | str], out: Path | str, *, layer: str | None = None
+    checkpoint: Path | str,
+    images: Path | str | Sequence[Path | str],
+    out: Path | str,
+    *,
+    layer: str | None = None,
+    trust: own_code.Trust = (),
+    factories: Mapping[str, Callable[..., nn.Module]] | None = None,
 ) -> Path:
     """Run a trained network on images, and draw what its gates did; `table` says it in words.
 
     Files in `out`:
 
-    - `gates.npz`: `<site>/channel` (B, C, 1, 1) and `<site>/spatial` (B, 1, H, W), the gates as applied;
-      `<site>/pooled` and `<site>/head` (B, C) of a pooling head; `<site>/strength` (1,) where there is one;
-      `layer/<layer>` (B, C, H, W); `paths`, `names`, `predictions` (B, classes) and `classes`.
-    - `spatial-<name>.png` for each image: its spatial gates. The name is the image's stem, numbered where two images
-      share it.
-    - `channel.png`: the channel gates. `pool.png`: what a pooling head changes.
+    - `gates.npz`: the gates as applied, each named by what it varies over: `<site>/channel` (B, C, 1, 1),
+      `<site>/spatial` (B, 1, H, W), `<site>/channel and spatial` (B, C, H, W), `<site>/height` (B, 1, H, 1) and so on;
+      `<site>/update`, what a module adds, in units of the root mean square of the map of each image; `<site>/pooled`
+      and `<site>/head` (B, C) of a pooling head; `<site>/strength` (1,) where there is one; `layer/<layer>`
+      (B, C, H, W); `paths`, `names`, `predictions` (B, classes) and `classes`.
+    - `spatial-<name>.png` for each image: its gates that vary over positions, in the mean over channels. The name is
+      the image's stem, numbered where two images share it.
+    - `channel.png`: the gates that vary over channels, in the mean over positions. `pool.png`: what a pooling head
+      changes.
+    - `update-<name>.png` and `update.png`: the same of what is added; over an image it is the root mean square over
+      channels.
     - `layer-<layer>-<name>.png` for each image: its feature maps.
 
     Nothing is written before everything has been checked. In an existing folder, files of these names are replaced and
@@ -38,12 +51,16 @@ def show(
         images: files of images, or one file.
         out: the folder to write to, made where there is none.
         layer: name of a layer as in `named_modules()`, whose feature maps are drawn as well.
+        trust: code of the form `FILE.py:NAME` that may be run if the checkpoint names it; no other is.
+        factories: classes or factories of the user's modules, by the names that they have in the checkpoint; those
+            that `convattn.register` has entered need not be given.
 
     Returns:
         The folder.
 
     Raises:
         WeightsError: no checkpoint, or not one of convattn.
+        UntrustedCode: a checkpoint that names code which is not trusted.
         DataError: an image that is missing or cannot be decoded.
         UnknownName: no layer of that name; the message suggests the nearest.
         AttachError: a layer that gives no maps (B, C, H, W), or is not called exactly once.
@@ -57,7 +74,7 @@ def show(
     for package in ("matplotlib", "PIL.Image"):
         extra(package, "convattn show")
     paths = [images] if isinstance(images, Path | str) else images
-    seen = watch(Path(checkpoint), [Path(path) for path in paths], layer)
+    seen = watch(Path(checkpoint), [Path(path) for path in paths], layer, trust=trust, factories=factories)
     folder = _folder(Path(out))
     np.savez_compressed(folder / NUMBERS, **_arrays(seen))
     with canvas.style():
@@ -84,12 +101,19 @@ def _arrays(seen: Seen) -> dict[str, Any]:
 
 
 def _draw(seen: Seen, folder: Path) -> None:
-    colours = figures.spatial_scale(seen)
+    colours, added = figures.spatial_scale(seen), figures.update_scale(seen)
     for place, name in enumerate(seen.names):
+        if added is not None:
+            figures.update_map(seen, place, added).save(folder / f"update-{name}.png")
         if colours is not None:
             figures.spatial(seen, place, colours).save(folder / f"spatial-{name}.png")
         if seen.layer is not None:
             figures.maps(seen, place).save(folder / f"layer-{seen.layer}-{name}.png")
-    for file, sheet in (("channel.png", figures.channel(seen)), ("pool.png", figures.pool(seen))):
+    whole = (
+        ("channel.png", figures.channel(seen)),
+        ("update.png", figures.update(seen)),
+        ("pool.png", figures.pool(seen)),
+    )
+    for file, sheet in whole:
         if sheet is not None:
             sheet.save(folder / file)

@@ -1,4 +1,4 @@
-"""The figures: spatial gates over an image, channel gates as bars, feature maps as a grid."""
+"""The figures: what varies over positions over an image, what varies over channels as bars, feature maps as a grid."""
 
 import math
 from typing import TYPE_CHECKING
@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convattn.showing.canvas import LEAST, MARGIN, MUTED, RULE, Scale, Sheet, origin, predicted, scale, shortened
-from convattn.showing.summary import output
+from convattn.showing.summary import UPDATE, gates_of, output
 from convattn.showing.watching import Array, Seen
 
 if TYPE_CHECKING:
@@ -28,63 +28,134 @@ INK, DAMPED, AMPLIFIED = "#1f2933", "#3b6fb6", "#c2553d"
 
 
 def spatial(seen: Seen, place: int, colours: Scale) -> Sheet:
-    """The spatial gates of every site, laid over one image."""
-    gates = {site: arrays["spatial"][place, 0] for site, arrays in seen.sites.items() if "spatial" in arrays}
+    """The gates of every site that vary over positions, in the mean over channels, laid over one image."""
+    note = "Colours: 1st to 99th percentile of all sites and images, shaded by the image" + _unchanged(seen)
+    planes = {label: plane[place] for label, plane in _gate_planes(seen).items()}
+    return _over_image(seen, place, planes, colours, ("Spatial gates", note, "gate"))
+
+
+def spatial_scale(seen: Seen) -> Scale | None:
+    """One range of colours for what `spatial` draws of all sites and images; None where there is nothing."""
+    planes = [*_gate_planes(seen).values()]
+    return scale(planes, 1.0, LEAST) if planes else None
+
+
+def update_map(seen: Seen, place: int, colours: Scale) -> Sheet:
+    """What every site adds, its root mean square over channels at each position, laid over one image."""
+    note = "Colours: root mean square of what is added over that of the map, shaded by the image"
+    planes = {label: plane[place] for label, plane in _update_planes(seen).items()}
+    return _over_image(seen, place, planes, colours, ("Updates", note, "added / map"))
+
+
+def update_scale(seen: Seen) -> Scale | None:
+    """One range of colours for what `update_map` draws of all sites and images; None where there is nothing."""
+    planes = [*_update_planes(seen).values()]
+    return scale(planes, 0.0, LEAST) if planes else None
+
+
+def _gate_planes(seen: Seen) -> dict[str, Array]:
+    """The gates that vary over positions (B, H, W), by site and by what they vary over, in the mean over channels."""
+    return {
+        site if kind == "spatial" else f"{site} {kind}": _plane(gate.mean(axis=1))
+        for site, arrays in seen.sites.items()
+        for kind, gate in gates_of(arrays).items()
+        # a map of a single position has spatial gates too
+        if math.prod(gate.shape[2:]) > 1 or kind == "spatial"
+    }
+
+
+def _update_planes(seen: Seen) -> dict[str, Array]:
+    return {
+        site: _plane(np.sqrt((arrays[UPDATE] ** 2).mean(axis=1)))
+        for site, arrays in seen.sites.items()
+        if UPDATE in arrays and math.prod(arrays[UPDATE].shape[2:]) > 1
+    }
+
+
+def _plane(values: Array) -> Array:
+    """Values (B, *spatial) as (B, H, W): a row of what has one dimension, the mean over the first of three."""
+    if values.ndim == 2:
+        return values[:, None]
+    return values.mean(axis=1) if values.ndim == 4 else values
+
+
+def _over_image(seen: Seen, place: int, planes: dict[str, Array], colours: Scale, words: tuple[str, str, str]) -> Sheet:
+    """A picture for each plane, laid over the image; `words` are the title, a note and the name of the unit."""
+    title, note, unit = words
     cell, gap, label = 2.0, 0.2, 0.52
     # at least three, as wide as a title
-    columns = max(3, min(5, len(gates) + 1))
-    rows = math.ceil((len(gates) + 1) / columns)
+    columns = max(3, min(5, len(planes) + 1))
+    rows = math.ceil((len(planes) + 1) / columns)
     width = 2 * MARGIN + columns * (cell + gap) + 0.85
-    note = "Colours: 1st to 99th percentile of all sites and images, shaded by the image" + _unchanged(seen)
-    sheet = Sheet(width, rows * (cell + label) + MARGIN, _title(seen, place, "Spatial gates"), origin(seen), note)
+    sheet = Sheet(width, rows * (cell + label) + MARGIN, _title(seen, place, title), origin(seen), note)
     image = seen.images[place]
-    for position, (site, gate) in enumerate([("", None), *gates.items()]):
+    for position, (site, plane) in enumerate([("", None), *planes.items()]):
         left = MARGIN + position % columns * (cell + gap)
         top = position // columns * (cell + label) + label - 0.1
-        if gate is None:
+        if plane is None:
             sheet.picture(image, left, top, cell, cell)
             sheet.text(left, top - 0.28, "the image as the network sees it", size=9)
             sheet.text(left, top - 0.11, f"{image.shape[1]} × {image.shape[0]} pixels", size=8, color=MUTED)
             continue
-        sheet.picture(_overlay(image, gate, colours), left, top, cell, cell)
-        sheet.text(left, top - 0.28, f"{shortened(site, 19)}  ({gate.shape[1]} × {gate.shape[0]})", size=9)
-        sheet.text(left, top - 0.11, _described(gate), size=8, color=MUTED)
+        sheet.picture(_overlay(image, plane, colours), left, top, cell, cell)
+        sheet.text(left, top - 0.28, f"{shortened(site, 19)}  ({plane.shape[1]} × {plane.shape[0]})", size=9)
+        sheet.text(left, top - 0.11, _described(plane), size=8, color=MUTED)
     height = min(rows * (cell + label) - label, 2 * cell + label)
-    sheet.colour_bar(colours, width - 0.95, label - 0.1, height, "gate")
+    sheet.colour_bar(colours, width - 0.95, label - 0.1, height, unit)
     return sheet
 
 
-def spatial_scale(seen: Seen) -> Scale | None:
-    """One range of colours for the spatial gates of all sites and images; None where there are none."""
-    gates = [arrays["spatial"] for arrays in seen.sites.values() if "spatial" in arrays]
-    return scale(gates, 1.0, LEAST) if gates else None
-
-
 def channel(seen: Seen) -> Sheet | None:
-    """The channel gates of every site: the mean over the images, and whiskers from the least to the largest."""
-    gates = {site: arrays["channel"][:, :, 0, 0] for site, arrays in seen.sites.items() if "channel" in arrays}
-    if not gates:
-        return None
-    ends = [1.0] if seen.blended else [0.0]
-    low, high = _reach([*gates.values()], ends)
-    columns, panel = (1, 8.0) if len(gates) == 1 else (2, 5.6)
-    height, label, tick = 1.25, 0.5, 0.55
-    rows = math.ceil(len(gates) / columns)
-    width = 2 * MARGIN + columns * (panel + tick)
+    """The gates of every site that vary over channels: the mean over the images, whiskers from least to largest."""
+    gates = {
+        (site, "" if kind == "channel" else f" {kind}"): _vector(gate)
+        for site, arrays in seen.sites.items()
+        for kind, gate in gates_of(arrays).items()
+        # a map of a single channel has channel gates too
+        if gate.shape[1] > 1 or kind == "channel"
+    }
     note = BARS_NOTE + _unchanged(seen)
-    sheet = Sheet(width, rows * (height + label) + 0.45, _title(seen, None, "Channel gates"), origin(seen), note)
-    for position, (site, gate) in enumerate(gates.items()):
+    return _in_bars(seen, gates, ("Channel gates", note), 1.0 if seen.blended else 0.0, seen.blended)
+
+
+def update(seen: Seen) -> Sheet | None:
+    """What every site adds where it varies over channels, in the mean over positions, drawn as `channel` does."""
+    vectors = {
+        (site, ""): _vector(arrays[UPDATE])
+        for site, arrays in seen.sites.items()
+        if UPDATE in arrays and arrays[UPDATE].shape[1] > 1
+    }
+    note = f"{BARS_NOTE}; 1 is the root mean square of the map"
+    return _in_bars(seen, vectors, ("What is added to each channel", note), 0.0, True)
+
+
+def _vector(values: Array) -> Array:
+    """Values (B, C, *spatial) as (B, C), the mean over positions."""
+    return np.asarray(values.reshape(*values.shape[:2], -1).mean(axis=2))
+
+
+def _in_bars(
+    seen: Seen, vectors: dict[tuple[str, str], Array], words: tuple[str, str], base: float, two_directions: bool
+) -> Sheet | None:
+    """Bars from `base` for each site and what is said of it; in two colours where values lie on both sides."""
+    if not vectors:
+        return None
+    low, high = _reach([*vectors.values()], [base])
+    columns, panel = (1, 8.0) if len(vectors) == 1 else (2, 5.6)
+    height, label, tick = 1.25, 0.5, 0.55
+    rows = math.ceil(len(vectors) / columns)
+    width = 2 * MARGIN + columns * (panel + tick)
+    title, note = words
+    sheet = Sheet(width, rows * (height + label) + 0.45, _title(seen, None, title), origin(seen), note)
+    for position, ((site, kind), vector) in enumerate(vectors.items()):
         # down the columns, in the order of the network
         left = MARGIN + tick + position // rows * (panel + tick)
         top = label - 0.15 + position % rows * (height + label)
         axes = sheet.axes(left, top, panel - 0.1, height)
         axes.set_ylim(low, high)
-        if seen.blended:
-            _bars(axes, gate, 1.0)
-        else:
-            _bars(axes, gate, 0.0, above=DAMPED)
-        sheet.text(left, top - 0.13, f"{shortened(site, 30)}{_strength(seen.sites[site])}", size=9)
-        sheet.text(left + panel - 0.1, top - 0.13, _described(gate.mean(axis=0)), size=8, color=MUTED, ha="right")
+        _bars(axes, vector, base, above=AMPLIFIED if two_directions else DAMPED)
+        sheet.text(left, top - 0.13, f"{shortened(site + kind, 30)}{_strength(seen.sites[site])}", size=9)
+        sheet.text(left + panel - 0.1, top - 0.13, _described(vector.mean(axis=0)), size=8, color=MUTED, ha="right")
     return sheet
 
 

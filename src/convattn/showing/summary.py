@@ -9,11 +9,15 @@ from numpy.typing import NDArray
 
 from convattn import tables
 from convattn.errors import DataError
+from convattn.showing.watching import axes_of
 
 Array = NDArray[np.float32]
 NUMBERS = "gates.npz"
 LEGEND = "from, to: over channels or positions; variation: standard deviation over the images"
+UPDATE_LEGEND = "update: root mean square of what is added over that of the map; from, to: of its absolute value"
 POOL_LEGEND = "pool: 1 + change of the pooled vector, in units of its root mean square"
+UPDATE = "update"
+NO_GATES = (UPDATE, "pooled", "head", "strength")
 # a gate that changes a map by less than a hundredth does nothing that another seed would not do
 NOTHING = 0.01
 # below this standard deviation over the images a gate is a constant
@@ -22,13 +26,18 @@ CONSTANT = 1e-3
 
 @dataclass(frozen=True)
 class Row:
-    """One gate of one site, or its pooling head.
+    """One gate of one site, what it adds to the map, or its pooling head.
 
-    `kind` is `"channel"`, `"spatial"` or `"pool"`. `mean` is the mean gate; `low` and `high` are its range over
-    channels or positions, of the mean over the images; `variation` is its standard deviation over the images, averaged
-    over channels or positions, None for one image; `strength` is None where the gates are applied as they are.
+    `kind` is what the gate varies over: `"channel"`, `"spatial"`, `"height"`, `"width"`, `"group"` (of channels), or
+    several as in `"channel and spatial"`, or `"whole map"`; or it is `"pool"`; or `"update"` with what it varies over.
+    `mean` is the mean gate; `low` and `high` are its range over what it varies over, of the mean over the images;
+    `variation` is its standard deviation over the images, averaged over the same, None for one image; `strength` is
+    None where the gates are applied as they are.
 
     A pooling head has no gate; its numbers are those of 1 + (output - pooled) / rms(pooled): 1 where it does nothing.
+
+    Of what is added, `mean` is its root mean square over that of the map, in the mean over the images, and the others
+    are those of its absolute value in the same unit. It does nothing where that `mean` is below 0.01.
 
     `word` is `"does nothing"` (the gate differs from 1 by less than 0.01, in the mean over the images, at every channel
     or position), `"constant"` (its standard deviation over the images is below 0.001 everywhere; needs two images),
@@ -66,8 +75,10 @@ class Table:
             numbers = (f"{value:.3f}" for value in (row.mean, row.low, row.high))
             varies, strength = _or_dash(row.variation, ".4f"), _or_dash(row.strength, "+.3f")
             cells.append((row.site, row.kind, *numbers, varies, strength, row.word))  # type: ignore[arg-type]
-        legend = [LEGEND, POOL_LEGEND] if any(row.kind == "pool" for row in self.rows) else [LEGEND]
-        return "\n".join([*tables.aligned(cells, "<<>>>>><"), *legend])
+        legends = {"pool": POOL_LEGEND, UPDATE: UPDATE_LEGEND}
+        kinds = {row.kind.partition(" ")[0] for row in self.rows}
+        legend = [words for kind, words in legends.items() if kind in kinds]
+        return "\n".join([*tables.aligned(cells, "<<>>>>><"), LEGEND, *legend])
 
 
 def table(folder: Path | str) -> Table:
@@ -98,11 +109,18 @@ def summarise(sites: dict[str, dict[str, Array]], images: int) -> Table:
     rows = []
     for site, arrays in sites.items():
         strength = arrays["strength"].item() if "strength" in arrays else None
-        gates: dict[str, Array] = {kind: arrays[kind] for kind in ("channel", "spatial") if kind in arrays}
+        gates = gates_of(arrays)
         if "pooled" in arrays:
             gates["pool"] = relative(arrays)
         rows += [_row(site, kind, gate, strength) for kind, gate in gates.items()]
+        if UPDATE in arrays:
+            rows.append(_row_of_update(site, arrays[UPDATE], strength))
     return Table(images, tuple(rows))
+
+
+def gates_of(arrays: dict[str, Array]) -> dict[str, Array]:
+    """The gates of a site, by what they vary over."""
+    return {name: array for name, array in arrays.items() if name not in NO_GATES}
 
 
 def output(arrays: dict[str, Array]) -> Array:
@@ -124,6 +142,17 @@ def _row(site: str, kind: str, values: Array, strength: float | None) -> Row:
     variation = float(spread.mean()) if len(gate) > 1 else None
     low, high = float(average.min()), float(average.max())
     return Row(site, kind, float(average.mean()), low, high, variation, strength, _word(gate, spread))
+
+
+def _row_of_update(site: str, update: Array, strength: float | None) -> Row:
+    sizes = np.abs(update.reshape(len(update), -1).astype(np.float64))
+    ratio = float(np.sqrt((sizes**2).mean(axis=1)).mean())
+    average, spread = sizes.mean(axis=0), sizes.std(axis=0)
+    word = "not finite" if not np.isfinite(sizes).all() else "does nothing" if ratio < NOTHING else "active"
+    axes = axes_of(update.shape, update.shape)
+    kind = f"{UPDATE} ({axes})" if axes else UPDATE
+    variation = float(spread.mean()) if len(sizes) > 1 else None
+    return Row(site, kind, ratio, float(average.min()), float(average.max()), variation, strength, word)
 
 
 def _word(gate: NDArray[np.float64], spread: NDArray[np.float64]) -> str:

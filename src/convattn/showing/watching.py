@@ -11,22 +11,24 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from convattn.attachment import BlendedHead, attached
+from convattn.attachment import BlendedHead, attached, effects
 from convattn.checks import suggestion
 from convattn.errors import AttachError, DataError, InvalidOption, UnknownName
-from convattn.nn.base import Gate
 from convattn.showing import images
 from convattn.train import checkpoint as checkpoints
 
 Array = NDArray[np.float32]
+SPATIAL = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 
 
 @dataclass(frozen=True)
 class Seen:
     """What the forward pass showed; arrays have the images first.
 
-    `sites` holds the arrays of each site by what they are: `channel` (B, C, 1, 1) and `spatial` (B, 1, H, W), the gates
-    as applied, or `pooled` (B, C) and `head` (B, C) of a pooling head, and `strength` (1,) where the site has one.
+    `sites` holds the arrays of each site by what they are: the gates as applied, each named by what it varies over, as
+    `channel` (B, C, 1, 1), `spatial` (B, 1, H, W) or `channel and height` (B, C, H, 1); or `update`, what is added,
+    in units of the root mean square of the image's map, with 1 for what it does not vary over; or `pooled` (B, C) and
+    `head` (B, C) of a pooling head; and `strength` (1,) where the site has one.
     """
 
     checkpoint: Path
@@ -45,7 +47,7 @@ class Seen:
         return any("strength" in arrays for arrays in self.sites.values())
 
 
-def watch(checkpoint: Path, paths: Sequence[Path], layer: str | None) -> Seen:
+def watch(checkpoint: Path, paths: Sequence[Path], layer: str | None, **own: Any) -> Seen:
     """Run the network of a checkpoint on images, and keep what its gates and the named layer computed.
 
     Raises:
@@ -53,21 +55,21 @@ def watch(checkpoint: Path, paths: Sequence[Path], layer: str | None) -> Seen:
     """
     if not paths:
         raise DataError("No images: give at least one.")
-    network, about = checkpoints.load(checkpoint)
+    network, about = checkpoints.load(checkpoint, **own)
     _check(network, checkpoint, layer)
     pixels = images.read(paths, about["image_size"])
     x = images.normalised(pixels, about["mean"], about["std"])
     with torch.no_grad():
         logits, inputs, outputs = _run(network, x, layer)
-        sites = {site: _arrays(wrapper.attention, inputs[site]) for site, wrapper in _sites(network)}
+        sites = {site: _arrays(one.attention, inputs[site]) for site, one in _sites(network) if site in inputs}
         maps = None if layer is None else _maps(layer, outputs)
     predictions = _numbers(logits.softmax(dim=1))
     return Seen(checkpoint, about, list(paths), images.distinct(paths), pixels, predictions, sites, layer, maps)
 
 
 def _sites(network: nn.Module) -> list[tuple[str, Any]]:
-    """The sites that have gates or a pooling head."""
-    return [(site, one) for site, one in attached(network) if isinstance(one.attention, Gate | BlendedHead)]
+    """The sites that have attention."""
+    return [*attached(network)]
 
 
 def _check(network: nn.Module, checkpoint: Path, layer: str | None) -> None:
@@ -118,15 +120,54 @@ def _maps(layer: str, outputs: list[Any]) -> Array:
     return _numbers(output)
 
 
-def _arrays(attention: Gate | BlendedHead, inputs: tuple[torch.Tensor, ...]) -> dict[str, Array]:
-    if isinstance(attention, Gate):
-        tensors = attention.gates(inputs[0])
+def _arrays(attention: Any, inputs: tuple[torch.Tensor, ...]) -> dict[str, Array]:
+    x, *pooled = inputs
+    strength = getattr(attention, "strength", None)
+    if pooled:
+        blended = isinstance(attention, BlendedHead)
+        head = attention.vector(x) if blended else attention(*inputs)
+        tensors = {"pooled": pooled[0].flatten(1), "head": head.flatten(1)}
+        # the vector of any other module is the one that it gives, blended or not
+        strength = strength if blended else None
+    elif effects.has_gates(attention):
+        tensors = by_axes(effects.gates(attention, x), x)
     else:
-        x, pooled = inputs
-        tensors = {"pooled": pooled.flatten(1), "head": attention.vector(x).flatten(1)}
-    if attention.strength is not None:
-        tensors["strength"] = attention.strength
+        power = x.double().square().mean(dim=tuple(range(1, x.dim())), keepdim=True)
+        tensors = {"update": effects.added(attention, x) / power.sqrt().clamp(min=torch.finfo(torch.float32).tiny)}
+    if isinstance(strength, torch.Tensor):
+        tensors["strength"] = strength
     return {name: _numbers(tensor) for name, tensor in tensors.items()}
+
+
+def by_axes(gates: dict[str, torch.Tensor], x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Gates under names that say what they vary over; where two vary over the same, the second has a number."""
+    found: dict[str, torch.Tensor] = {}
+    for name, gate in gates.items():
+        # of a map of a single position or channel, a gate is what it is called
+        single = [axis for axis, count in (("channel", x.shape[1]), ("spatial", x[0, 0].numel())) if count == 1]
+        axes = axes_of(tuple(gate.shape), tuple(x.shape)) or (name if name in single else "whole map")
+        same = sum(other == axes or other.startswith(f"{axes} #") for other in found)
+        found[f"{axes} #{same + 1}" if same else axes] = gate
+    return found
+
+
+def axes_of(shape: tuple[int, ...], of_map: tuple[int, ...]) -> str:
+    """What a gate (B, C, *spatial) varies over, in words; empty where there is one number for each image.
+
+    Args:
+        shape: of the gate, with 1 for what it does not vary over.
+        of_map: the shape of the map; a gate may have one number for each group of its channels.
+
+    Example:
+        >>> [axes_of(shape, (2, 8, 4, 4)) for shape in [(2, 8, 1, 1), (2, 4, 1, 1), (2, 1, 4, 4), (2, 8, 4, 1)]]
+        ['channel', 'group', 'spatial', 'channel and height']
+    """
+    words = ["channel" if shape[1] == of_map[1] else "group"] if shape[1] > 1 else []
+    names = SPATIAL.get(len(shape) - 2, ())
+    varying = [name for name, size in zip(names, shape[2:], strict=False) if size > 1]
+    # of a map that is a row or a column, one axis is all there is
+    there = [name for name, size in zip(names, of_map[2:], strict=False) if size > 1]
+    return " and ".join([*words, *(["spatial"] if varying and varying == there else varying)])
 
 
 def _numbers(tensor: torch.Tensor) -> Array:

@@ -1,6 +1,7 @@
 """One trained network as one file: its weights, and beside them what is needed to build it again."""
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from convattn import networks
+from convattn import networks, own_code, registry
 from convattn.attachment import attach
+from convattn.attachment.plans import own_entry
 from convattn.errors import WeightsError
 from convattn.train import controls
 
@@ -56,11 +58,22 @@ def serialized(network: nn.Module, *, metadata: dict[str, str] | None = None) ->
     return safetensors.torch.save(state, metadata=metadata)
 
 
-def load(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
+def load(
+    path: Path | str,
+    *,
+    trust: own_code.Trust = (),
+    factories: Mapping[str, Callable[..., nn.Module]] | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a checkpoint written by `save`, in eval mode, and its `about`.
+
+    Args:
+        path: the file.
+        trust: code of the form `FILE.py:NAME` that may be run if the file names it; no other is.
+        factories: classes or factories of modules, by the names that they have in the file and are not registered with.
 
     Raises:
         WeightsError: no such file, or not such a checkpoint.
+        UntrustedCode: the file names code that is not trusted.
     """
     path = Path(path)
     if not path.is_file():
@@ -68,9 +81,9 @@ def load(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("convattn", "null"))
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, json.JSONDecodeError, RecursionError) as error:
         raise WeightsError(f"{path} is not a checkpoint of convattn: {error}.") from error
-    if not isinstance(about, dict) or not set(KEYS) <= set(about):
+    if not _is_about(about):
         raise WeightsError(
             f"{path} holds weights but not what they belong to: give a weights.safetensors that `convattn compare` "
             f"wrote."
@@ -80,7 +93,12 @@ def load(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
             f"{path} holds the weights of a network that the function {about['built']} built: call that function and "
             f"load them with safetensors.torch.load_model."
         )
-    network = build(about)
+    given = factories or {}
+    modules = modules_of(about["variant"])
+    own_code.check([about["backbone"], *(name for name in modules if name not in given)], path, trust)
+    with registry.also([own_entry(factory, name=name) for name, factory in given.items()]):
+        _refuse_unknown(modules, about, path)
+        network = build(about)
     try:
         network.load_state_dict(safetensors.torch.load_file(path))
     except RuntimeError as error:
@@ -89,3 +107,33 @@ def load(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
             f"{str(error).splitlines()[-1].strip()} Has the network's code changed since?"
         ) from error
     return network.eval(), about
+
+
+def modules_of(name: str) -> list[str]:
+    """The modules that a variant or a control of one is made of, as `attach` takes them apart."""
+    kind, variant = controls.parts(name)
+    return [] if kind == controls.NOISE or variant == BASELINE else variant.split("+")
+
+
+def _is_about(about: Any) -> bool:
+    if not isinstance(about, dict) or not set(KEYS) <= set(about):
+        return False
+    lists = [about[key] for key in ("classes", "mean", "std")]
+    words = [about[key] for key in ("backbone", "variant", "start")]
+    return (
+        all(isinstance(one, str) for one in words)
+        and all(isinstance(one, list) and one for one in lists)
+        and type(about["image_size"]) is int
+        and about["image_size"] > 0
+    )
+
+
+def _refuse_unknown(modules: list[str], about: dict[str, Any], path: Path) -> None:
+    """Say where a module of the user's is to come from that nobody has named here."""
+    own = about.get("own")
+    for name in modules:
+        if isinstance(own, dict) and name in own and not registry.is_known(name):
+            raise WeightsError(
+                f"{path} holds a network with {name!r}, a module of the user's own ({own[name]}): call "
+                f"convattn.register for it before, or give factories={{{name!r}: ...}}, from Python both."
+            )

@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from convattn import networks, ops
-from convattn.attachment import Attached, Blended, BlendedHead, attached, plan
+from convattn.attachment import Attached, Blended, BlendedHead, attached, effects, plan
 from convattn.errors import InvalidOption
-from convattn.nn import Gate
 from convattn.nn.cbam import CONVOLUTIONS
 
 PLACEBO, ADAPTER, WIDER, NOISE = "placebo", "adapter", "wider", "noise"
@@ -95,9 +94,9 @@ class Placebo(nn.Module):
     def forward(self, x: torch.Tensor, *pooled: torch.Tensor) -> torch.Tensor:
         """Of a gate the gated map, else what the module adds to ones, added to the map or to the pooled vector."""
         ones = [torch.ones_like(one) for one in (x, *pooled)]
-        if isinstance(self.module, Gate):
-            for gate in self.module.gates(ones[0]).values():
-                x = ops.apply_gate(x, gate)
+        if effects.has_gates(self.module):
+            for gate in effects.gates(self.module, ones[0]).values():
+                x = ops.apply_gate(x, effects.per_channel(gate, x))
             return x
         before: torch.Tensor = (x, *pooled)[-1]
         after: torch.Tensor = self.module(*ones)

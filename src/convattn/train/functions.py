@@ -14,11 +14,16 @@ from torch import nn
 from convattn import checks, networks
 from convattn.data import Parts
 from convattn.errors import InvalidOption
+from convattn.nn import Gate, Head, Update
 
 Build = Callable[[int], nn.Module]
 Train = Callable[[nn.Module, Parts, int], Any]
 # how far the probabilities of an image may be from 1 together, for those of half precision
 ROUNDING = 1e-2
+# what the first argument of a factory of attention is usually called
+CHANNELS = frozenset(
+    ("channels", "channel", "in_channels", "num_channels", "num_features", "in_planes", "inplanes", "planes", "dim")
+) | frozenset(("in_chs", "chs", "ch", "c", "width"))
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,24 @@ class Built:
                 f"compare: {label(self.function)} returned {type(network).__name__}, expected a torch.nn.Module."
             )
         return networks.given(network, like=self)
+
+
+def builds_network(function: Callable[..., Any], *, otherwise: bool) -> bool:
+    """Whether a callable makes a whole network of a `seed`, and not a module of a number of channels.
+
+    `otherwise` is the answer where neither its class nor the name of its first argument tells.
+    """
+    made: Any = getattr(function, "func", function)
+    is_class = isinstance(made, type) and issubclass(made, nn.Module)
+    if is_class and issubclass(made, Gate | Update | Head):
+        return False
+    try:
+        first = next(iter(inspect.signature(function).parameters), "")
+    except (TypeError, ValueError):
+        first = ""
+    if first == "seed":
+        return True
+    return otherwise and not is_class and first.lower() not in CHANNELS
 
 
 def label(function: Callable[..., Any]) -> str:

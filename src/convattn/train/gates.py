@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from convattn.attachment import Attached, attached
-from convattn.nn import Gate
+from convattn.attachment import Attached, attached, effects
 
 # enough to tell whether a gate does anything
 IMAGES = 128
@@ -15,9 +14,9 @@ IMAGES = 128
 def departures(network: nn.Module, x: torch.Tensor) -> list[dict[str, Any]]:
     """For each site its mean distance from identity on some images, and its `strength` (None if it has none).
 
-    For a gate that is the mean of |gate - 1| over its channels and positions, the mean of both for a gate of two
-    factors; for a pooling head the length of what it adds over the length of the pooled vector, for any other module
-    the same of the map.
+    For a gate that is the mean of |gate - 1| over what it varies over, the mean of all for a gate of several factors;
+    for a pooling head the length of what it adds over the length of the pooled vector, for any other module the same of
+    the map.
     """
     sites = attached(network)
     if not sites:
@@ -43,14 +42,14 @@ def departures(network: nn.Module, x: torch.Tensor) -> list[dict[str, Any]]:
 
 
 def _strength(wrapper: Attached) -> float | None:
-    strength = wrapper.attention.strength
+    strength = getattr(wrapper.attention, "strength", None)
     return strength.item() if isinstance(strength, torch.Tensor) else None
 
 
 def _recorder(name: str, seen: dict[str, float]) -> Any:
     def record(attention: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        if isinstance(attention, Gate):
-            gates = attention.gates(args[0]).values()
+        if effects.has_gates(attention):
+            gates = effects.gates(attention, args[0]).values()
             seen[name] = float(torch.stack([(gate - 1).abs().mean() for gate in gates]).mean())
         else:
             # of a head the pooled vector, of other modules the map

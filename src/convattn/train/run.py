@@ -10,6 +10,7 @@ result.json          scores; written last
 """
 
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from convattn import registry
 from convattn.data import Batches, Images, Parts, batches, evaluation_batches, split
 from convattn.errors import RunFailed
 from convattn.train import checkpoint, functions
@@ -35,10 +37,11 @@ SECONDS_BETWEEN_CHECKPOINTS = 60
 class RunSpec:
     """What one run is: a variant (`"baseline"`, a name for `attach`, or a control), a seed, and what all runs share.
 
-    `build` makes the network, or the backbone where attention is still to be attached to it, in place of `backbone` and
-    `weights`; `whole` tells that nothing is. `train` takes the place of our training. `fold` of `folds` is tested.
-    With `audit`, the test images are scored at every epoch as well, which changes nothing else. A `trial` is of a
-    learning rate: it is scored on validation images, and has no test images.
+    `own` are modules of the user that the variant names. `build` makes the network, or the backbone where attention is
+    still to be attached to it, in place of `backbone` and `weights`; `whole` tells that nothing is. `train` takes the
+    place of our training. `fold` of `folds` is tested. With `audit`, the test images are scored at every epoch as well,
+    which changes nothing else. A `trial` is of a learning rate: it is scored on validation images, and has no test
+    images.
     """
 
     variant: str
@@ -57,6 +60,7 @@ class RunSpec:
     folds: int | None = None
     audit: bool = False
     trial: bool = False
+    own: tuple[registry.Entry, ...] = ()
 
     @property
     def name(self) -> str:
@@ -69,13 +73,19 @@ class RunSpec:
         """All of it as it is written down, functions by their names."""
         named = {"build": None if self.build is None else functions.label(self.build.function)}
         named["train"] = None if self.train is None else functions.label(self.train)
-        return {**vars(self), "recipe": asdict(self.recipe), **named}
+        return {**vars(self), "recipe": asdict(self.recipe), "own": self.labels, **named}
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Where the user's own modules are from."""
+        return {one.name: functions.label(one.source) for one in self.own}
 
 
 def run_name(variant: str, seed: int, fold: int | None = None) -> str:
     """The name of the folder of a run."""
-    # no colon: Windows takes none in a file's name
-    return f"{variant.replace(':', '-')}-seed{seed}" + ("" if fold is None else f"-fold{fold}")
+    # no colon: Windows takes none in a file's name; and no path, in which a module of one's own may be
+    plain = re.sub(r"[:/\\]", "-", variant)
+    return f"{plain}-seed{seed}" + ("" if fold is None else f"-fold{fold}")
 
 
 def trial_name(variant: str, seed: int, rate: float) -> str:
@@ -114,11 +124,14 @@ class Run:
             "image_size": images.size,
             "built": None if spec.build is None else functions.label(spec.build.function),
         }
+        if spec.own:
+            self.about["own"] = spec.labels
         # the backbone is built first, so that all variants of a seed share its initial weights
         torch.manual_seed(spec.seed)
         base = None if spec.build is None else spec.build(spec.seed)
         if base is None or not spec.whole:
-            base = checkpoint.build(self.about, weights=spec.weights, base=base)
+            with registry.also(spec.own):
+                base = checkpoint.build(self.about, weights=spec.weights, base=base)
         self.network = base.to(self.device)
         mean, std = self.network.input_mean, self.network.input_std
         self.about |= {"mean": list(mean), "std": list(std)}  # type: ignore[arg-type]
