@@ -1,6 +1,7 @@
-"""The README's steps from attaching to detaching, in their order, as they stand there."""
+"""The README's steps from attaching to detaching, in their order, as they stand there, and those of docstrings."""
 
 import copy
+import doctest
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import convattn
+from convattn.attachment import saving, tuning
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -78,3 +80,9 @@ def test_steps_of_the_readme(
     assert list(scope["model"].state_dict()) == list(pretrained.state_dict())
     assert not torch.equal(scope["model"].conv1[0].weight, pretrained.conv1[0].weight)
     assert all(one.requires_grad for one in scope["model"].parameters())
+
+
+@pytest.mark.parametrize("module", [tuning, saving])
+def test_examples_of_the_docstrings(module: Any) -> None:
+    result = doctest.testmod(module)
+    assert result.attempted > 5 and not result.failed
