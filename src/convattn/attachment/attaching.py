@@ -13,6 +13,7 @@ from convattn.attachment.plans import UNCHANGED, Plan, Site, Where, built, plan,
 from convattn.attachment.wrapper import (
     Attached,
     AttachedBefore,
+    AttachedBranch,
     AttachedHead,
     AttachedInputSource,
     AttachedMany,
@@ -180,6 +181,8 @@ def wrapped(model: nn.Module, site: Site, one: Entry, replace: bool = False) -> 
             (layer, AttachedVector(inner, module, passage, place.functions, **kept)),
             (source, AttachedSource(_plain(source, place.source, replace), passage, **kept)),
         ]
+    if place.side == "shortcut" and place.source == site.name:
+        return [(layer, AttachedBranch(inner, module, **kept))]
     if place.side == "shortcut":
         source = _layer(model, place.source)
         passage = Passage()

@@ -23,7 +23,7 @@ from convattn.attachment import descriptions, freezing
 from convattn.attachment.attaching import Pair, attached, exchange, partners, wrapped
 from convattn.attachment.descriptions import ABOUT, FORMATS, Fingerprint, Saved
 from convattn.attachment.plans import UNCHANGED, Site, built, own_entry
-from convattn.attachment.wrapper import ATTENTION, Attached, layer_of
+from convattn.attachment.wrapper import ATTENTION, Attached, AttachedBranch, layer_of
 from convattn.errors import AttachError, InvalidOption, UnknownName, WeightsError
 from convattn.registry import Entry
 
@@ -346,7 +346,8 @@ def _hash(tensor: torch.Tensor) -> str:
 def _described(model: nn.Module, name: str, wrapper: Attached) -> dict[str, Any]:
     """A site, under the names that its layers have here: what is saved may be a part of what was attached to."""
     sources = [other for other, _ in partners(model, [wrapper])]
-    source = next((other for other, one in model.named_modules() if one in sources), "")
+    alone = name if isinstance(wrapper, AttachedBranch) else ""
+    source = next((other for other, one in model.named_modules() if one in sources), alone)
     found = dataclasses.replace(wrapper.convattn_site.found, name=name, source=source)
     return dataclasses.asdict(dataclasses.replace(wrapper.convattn_site, name=name, found=found))
 

@@ -54,6 +54,8 @@ class Skipped:
 
 
 Found = Place | Skipped
+# of layers within one another the inner one or the outer one: `min` or `max`
+Pick = Callable[..., Call]
 # which of the layers that give one and the same value is asked first
 Order = Callable[[Maps, list[Call]], list[Call]]
 
@@ -152,7 +154,15 @@ class Survey:
     @cached_property
     def _firsts(self) -> dict[int, Call | Skipped]:
         """The first layer of each branch, by the value with which the branch ends."""
-        found = {branch.index: self._first_layer(one, branch) for one, branch in self.branches}
+        return self._first_layers(min)
+
+    @cached_property
+    def _outer_firsts(self) -> dict[int, Call | Skipped]:
+        """The outermost layer with which each branch begins, by the value with which the branch ends."""
+        return self._first_layers(max)
+
+    def _first_layers(self, pick: Pick) -> dict[int, Call | Skipped]:
+        found = {branch.index: self._first_layer(one, branch, pick) for one, branch in self.branches}
         chosen = {(id(call.module), call.first) for call in found.values() if isinstance(call, Call)}
         for index, call in found.items():
             if isinstance(call, Skipped):
@@ -163,7 +173,7 @@ class Survey:
                 found[index] = Skipped(call.name, HAS_PART)
         return found
 
-    def _first_layer(self, one: Sum, branch: Value) -> Call | Skipped:
+    def _first_layer(self, one: Sum, branch: Value, pick: Pick) -> Call | Skipped:
         """The layer with which a branch begins: all that the branch takes from outside comes in there."""
         seen, shortcut = self.maps.seen, one.shortcut
         if shortcut is None:
@@ -198,7 +208,7 @@ class Survey:
             ]
             whole = self._whole(calls)
             if whole:
-                call = min(whole, key=lambda call: call.last - call.first)
+                call = pick(whole, key=lambda call: call.last - call.first)
                 lost = self._is_lost(call, seen.values[source], before=True)
                 return Skipped(call.name, self._merged_by(call)) if lost else call
         return Skipped(one.value.within, "the branch does not begin with one layer that takes one map")
@@ -251,17 +261,21 @@ class Survey:
             alike = [
                 pair for pair in self._enclosing.values() if pair[0].name == first.name or pair[1].name == last.name
             ]
-            if first.name != last.name and all((a.name, b.name) == (first.name, last.name) for a, b in alike):
+            if all((a.name, b.name) == (first.name, last.name) for a, b in alike):
                 return replace(last, side="shortcut", source=first.name)
         reason = "the shortcut is the block's input, and no two layers of its own begin and end its branch"
         return Skipped(one.value.within, reason)
 
     @cached_property
     def _enclosing(self) -> dict[int, tuple[Call, Place]]:
-        """The first layer of each branch and the last one, by the value with which the branch ends."""
+        """The first layer of each branch and the last one, by the value with which the branch ends.
+
+        The outermost ones, both among the parts of the block: what is a leaf to a symbolic trace holds both or neither.
+        They may be one and the same layer.
+        """
         found = {}
         for one, branch in self.branches:
-            first, last = self._firsts[branch.index], self._end_of(one, branch, _last_first)
+            first, last = self._outer_firsts[branch.index], self._end_of(one, branch, _last_first)
             if isinstance(first, Call) and isinstance(last, Place) and last.alone:
                 found[branch.index] = first, last
         return found
@@ -393,9 +407,10 @@ def _inner_first(maps: Maps, calls: list[Call]) -> list[Call]:
 
 
 def _last_first(maps: Maps, calls: list[Call]) -> list[Call]:
-    """The layer that passes a value on last before that which computed it."""
-    passing = [call for call in calls if call.x == call.y]
-    return passing[::-1] + [call for call in calls if call.x != call.y]
+    """The layer that passes a value on last, before the outermost one that computed it."""
+    outer = calls[::-1]
+    outer.sort(key=lambda call: call.x != call.y)
+    return outer
 
 
 def _outer_first(maps: Maps, calls: list[Call]) -> list[Call]:

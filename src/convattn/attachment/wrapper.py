@@ -307,6 +307,14 @@ class AttachedMap(Attached):
         return shifted.movedim(1, -1) if self.convattn_last else shifted
 
 
+class AttachedBranch(Attached):
+    """A layer that is the whole branch beside a shortcut, with attention on that shortcut: see `AttachedShortcut`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer's output, and what attention changes of the block's input."""
+        return self.convattn_inner(x) + (self.convattn_gated(x) - x)  # type: ignore[no-any-return]
+
+
 class Passage(threading.local):
     """Where a layer leaves a map for attention that stands further on, for the time of one forward pass of a thread."""
 
