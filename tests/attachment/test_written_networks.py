@@ -662,7 +662,7 @@ class Parallel(nn.Module):
 
 @case(["f"])
 def parallel_convolutions_as_a_branch() -> nn.Module:
-    return Written(lambda m, x: x + m.f(x), f=Parallel())
+    return Written(lambda m, x: x + m.f(F.relu(x)), f=Parallel())
 
 
 @case(["f.2"])
@@ -1002,10 +1002,6 @@ NOT_RESIDUAL: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "function": (
         lambda: Written(lambda m, x: x + torch.sigmoid(m.f(x)), f=branch()),
         r"ends in a function \(sigmoid\)",
-    ),
-    "layer scale as a function": (
-        lambda: Written(lambda m, x: x + m.scale * m.f(x), f=branch(), scale=nn.Parameter(torch.rand(C, 1, 1))),
-        r"ends in a function \(mul\)",
     ),
     "map cast by a function": (
         lambda: Written(lambda m, x: x + m.f(x).double(), f=branch()),

@@ -1,10 +1,11 @@
 """The repeated blocks of a network, and the stages that they form."""
 
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 from itertools import accumulate, groupby, pairwise
 from math import prod
+from operator import and_, or_
 
 from torch import nn
 
@@ -31,54 +32,112 @@ class Block:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A call of a module that may be a block: class, parent, the map that it gives, and its layers of weights."""
+    """A call of a module that may be a block: kind, parent, the map that it gives, and its layers of weights.
+
+    The kind is the class, and of a plain `Sequential` the classes of the layers in it that have parameters. `at_top`
+    says that it is in the network itself, or in a part with most of its layers. `layers` and `wide_layers`, those that
+    are not depthwise, are not counted on maps of one position.
+    """
 
     call: Call
-    kind: type[nn.Module]
+    kind: object
     parent: str
     contained: bool
+    at_top: bool
     end: Value
     layers: int
     wide_layers: int
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a `Sequential` and of no class of its own."""
+        return isinstance(self.kind, tuple)
 
     @property
     def block(self) -> Block:
         return Block(self.end, self.call.first, self.call.last, self.call.name)
 
 
-def find(maps: Maps, sums: list[Value]) -> list[Block]:
+def find(maps: Maps, sums: list[Sum]) -> list[Block]:
     """The repeated blocks of a network, in order; `sums` are its residual sums.
 
-    A block is of a class with several calls, one after the other, in a container or beside each other, and has at least
-    two layers of weights. Where the network has residual sums, they are in blocks. Of classes within one another the
-    inner one counts. Where there is none, depthwise convolutions count as layers too, and at last each convolution with
-    the norm and the activation behind it is a block; so it is in the part before the blocks where that goes deeper.
+    A block is of a class with several calls, one after the other, in a container, beside each other or at the top of
+    the network, and has at least two layers of weights. Where there are residual sums that begin and end in one class,
+    as they do in most networks, such classes are blocks, and with them those outside of them, as in a decoder. Of
+    classes within one another the inner one counts. Where there is none, depthwise convolutions count as layers too;
+    then each `Sequential` of the same layers is a block; and at last each convolution with the norm and the activation
+    behind it; so it is in the part before the blocks where that goes deeper, or where they are of no class.
     """
-    candidates = _candidates(maps)
-    for layers in ("wide_layers", "layers"):
-        deep = {one.kind for one in candidates if getattr(one, layers) > 1}
-        repeated = _repeated([one for one in candidates if one.kind in deep])
-        with_sums = {one.kind for one in repeated for each in sums if one.call.first <= each.index < one.call.last}
-        tiers = (
-            [one for one in repeated if one.kind in with_sums],
-            [one for one in repeated if one.contained],
-            repeated,
-        )
-        for tier in tiers:
-            if tier:
-                found = {one.end.index: one.block for one in _innermost(tier)}
-                return _with_plain_part(maps, [found[index] for index in sorted(found)])
+    all_calls = _candidates(maps)
+    # maps of one position may be pooled ones, but not in blocks of the kinds of others
+    candidates = [one for one in all_calls if one.layers]
+    for plain in (False, True):
+        for layers in ("wide_layers", "layers"):
+            repeated = _repeated([one for one in candidates if one.plain is plain], layers)
+            chosen = _innermost(_preferred(maps, repeated, sums))
+            if not chosen or (plain and not _are_most(maps, chosen)):
+                continue
+            chosen += _beside(_repeated(candidates, "wide_layers"), chosen)
+            kinds = {one.kind for one in chosen}
+            chosen += _outside([one for one in all_calls if not one.layers and one.kind in kinds], chosen)
+            found = {one.end.index: one.block for one in chosen}
+            return _with_plain_part(maps, [found[index] for index in sorted(found)], plain)
     return _units(maps)
 
 
-def _with_plain_part(maps: Maps, blocks: list[Block]) -> list[Block]:
+def _are_most(maps: Maps, chosen: list[_Candidate]) -> bool:
+    """Whether most layers of weights are in some blocks."""
+    return 2 * sum(one.layers for one in chosen) > sum(_is_weighted_map(maps, value) for value in maps.seen.values)
+
+
+def _beside(repeated: list[_Candidate], chosen: list[_Candidate]) -> list[_Candidate]:
+    """The blocks outside of those that were chosen; parts of these, such as a convolution with its norm, are none."""
+    outside = _outside(repeated, chosen)
+    parts = {one.kind for one in repeated if one not in outside and one not in chosen}
+    found = [one for one in outside if one.kind not in parts or one.at_top]
+    return _innermost([one for one in found if not one.plain] or found)
+
+
+def _preferred(maps: Maps, repeated: list[_Candidate], sums: list[Sum]) -> list[_Candidate]:
+    """Those of the kinds with whole residual sums in them, or else of those in containers, or else all."""
+    whole = [(_first(maps, one), one.value.index) for one in sums]
+    with_sums = {
+        one.kind for one in repeated for first, end in whole if one.call.first <= first and end < one.call.last
+    }
+    contained = {one.kind for one in repeated if one.contained}
+    kinds = with_sums or contained
+    return [one for one in repeated if one.kind in kinds] or repeated
+
+
+def _first(maps: Maps, one: Sum) -> int:
+    """The first value that the branches of a sum do not share with the shortcut."""
+    common = reduce(and_, (operand.ancestors for operand in one.operands))
+    path = reduce(or_, (branch.ancestors & ~common for branch in one.branches))
+    while path:
+        index = (path & -path).bit_length() - 1
+        if maps.seen.is_data(maps.seen.values[index]):
+            return index
+        path &= path - 1
+    return one.value.index
+
+
+def _outside(candidates: list[_Candidate], chosen: list[_Candidate]) -> list[_Candidate]:
+    """Those that are neither in nor around the chosen ones."""
+    return [
+        one
+        for one in candidates
+        if all(one.call.last <= other.call.first or other.call.last <= one.call.first for other in chosen)
+    ]
+
+
+def _with_plain_part(maps: Maps, blocks: list[Block], plain: bool) -> list[Block]:
     """The blocks, and the convolutions before them where these make smaller maps than any block gives.
 
-    So it is with an encoder of plain convolutions before a decoder of blocks.
+    So it is with an encoder of plain convolutions before a decoder of blocks. Where the blocks are `plain`, all is.
     """
     before = [unit for unit in _units(maps) if unit.end.index < blocks[0].first]
     smallest = min((prod(maps.size(block.end)) for block in blocks), default=0)
-    return [*before, *blocks] if any(prod(maps.size(unit.end)) < smallest for unit in before) else blocks
+    return [*before, *blocks] if plain or any(prod(maps.size(unit.end)) < smallest for unit in before) else blocks
 
 
 def stage_ends(maps: Maps, sums: list[Sum], blocks: list[Block]) -> list[Value]:
@@ -92,7 +151,7 @@ def stage_ends(maps: Maps, sums: list[Sum], blocks: list[Block]) -> list[Value]:
     beside = [one.value for one in sums if one.value.index not in inside]
     # blocks that come once, such as the first of many networks
     ends = {block.end.index for block in blocks} | {one.index for one in beside}
-    for one in _candidates(maps):
+    for one in (each for each in _candidates(maps) if not each.plain):
         extent = set(range(one.call.first, one.call.last))
         if one.contained and one.layers > 1 and not extent & inside and not extent & ends:
             beside.append(one.end)
@@ -139,41 +198,51 @@ def _candidates(maps: Maps) -> list[_Candidate]:
     wide = list(
         accumulate((_is_weighted_map(maps, value) and not _is_depthwise(maps, value) for value in values), initial=0)
     )
-    called = {call.name: call.module for call in maps.seen.calls}
+    called = {call.name: layer_of(call.module) for call in maps.seen.calls}
+    tops = {call.name for call in maps.seen.calls if 2 * (layers[call.last] - layers[call.first]) > layers[-1]} | {""}
     found = []
     for call in maps.calls:
         layer = layer_of(call.module)
-        count = layers[call.last] - layers[call.first]
         given = [values[index] for index in call.outputs if maps.is_map(values[index])]
-        if given and count and type(layer) not in CONTAINERS and any(True for _ in layer.children()):
+        kind = _kind(layer)
+        if given and kind:
             end = max(given, key=lambda value: value.ancestors.bit_count())
             parent = call.name.rpartition(".")[0]
             # lists and dictionaries of modules are never called, and so are found by having been left out
-            contained = parent != "" and (parent not in called or isinstance(layer_of(called[parent]), CONTAINERS))
-            wide_count = wide[call.last] - wide[call.first]
-            found.append(_Candidate(call, type(layer), parent, contained, end, count, wide_count))
+            contained = parent != "" and isinstance(called.get(parent, nn.ModuleList()), CONTAINERS)
+            counts = (count[call.last] - count[call.first] for count in (layers, wide))
+            found.append(_Candidate(call, kind, parent, contained, parent in tops, end, *counts))
     return found
 
 
-def _repeated(candidates: list[_Candidate]) -> list[_Candidate]:
-    """Those of a class that is called several times, one after the other."""
-    kinds: dict[type[nn.Module], list[_Candidate]] = defaultdict(list)
+def _kind(layer: nn.Module) -> object:
+    """What the blocks of a network have in common; nothing where a layer is none."""
+    if type(layer) is nn.Sequential:
+        leaves = [one for one in layer.modules() if any(True for _ in one.parameters(recurse=False))]
+        return tuple(map(type, leaves))
+    return type(layer) if type(layer) not in CONTAINERS and any(True for _ in layer.children()) else None
+
+
+def _repeated(candidates: list[_Candidate], layers: str) -> list[_Candidate]:
+    """Those of a kind that is called several times, one after the other, and has two layers of weights."""
+    kinds: dict[object, list[_Candidate]] = defaultdict(list)
     for one in candidates:
         kinds[one.kind].append(one)
-    return [one for group in kinds.values() if _follow_each_other(group) for one in _in_company(group)]
+    groups = [group for group in kinds.values() if any(getattr(one, layers) > 1 for one in group)]
+    return [one for group in groups if _follow_each_other(group) and _in_company(group) for one in group]
 
 
-def _in_company(group: list[_Candidate]) -> Iterator[_Candidate]:
-    """Those in a container, or with another one of the class beside them."""
-    parents = [one.parent for one in group]
-    for one in group:
-        if one.contained or parents.count(one.parent) > 1:
-            yield one
+def _in_company(group: list[_Candidate]) -> bool:
+    """Whether one is in a container, beside another, or at the top: what each block of a class has once is no block."""
+    beside = len({one.parent for one in group}) < len(group)
+    return beside or (len(group) > 1 and any(one.contained or one.at_top for one in group))
 
 
 def _follow_each_other(group: list[_Candidate]) -> bool:
-    beside = [(a, b) for a, b in pairwise(group) if a.parent == b.parent] or list(pairwise(group))
-    return sum(b.end.depends_on(a.end) for a, b in beside) * 2 > len(beside)
+    """Whether most depend on an earlier one beside them, or, where none are beside each other, on the one before."""
+    siblings = [(one, [each for each in group[:n] if each.parent == one.parent]) for n, one in enumerate(group)]
+    pairs = [pair for pair in siblings if pair[1]] or [(b, [a]) for a, b in pairwise(group)]
+    return sum(any(one.end.depends_on(each.end) for each in earlier) for one, earlier in pairs) * 2 > len(pairs)
 
 
 def _is_weighted_map(maps: Maps, value: Value) -> bool:

@@ -19,6 +19,11 @@ SIDES = (64, 224, 299)
 CONVOLUTION = "convolution"
 # operators whose result has its channels in the second dimension
 CHANNELS_FIRST = (CONVOLUTION, "batch_norm", "native_batch_norm", "_native_batch_norm", "native_group_norm", "upsample")
+# operators that multiply by what may be constant, and those that keep every number
+SCALING = ("mul", "div")
+LAYOUT = (
+    *("view", "_unsafe_view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "clone", "alias"),
+)
 
 
 class Maps:
@@ -127,6 +132,52 @@ class Maps:
             weighted = not self.seen.is_data(left) and columns == last - 1
             return last - 1 if weighted else last if columns == last else None
         return last
+
+
+def before_functions(maps: Maps, value: Value) -> list[Value]:
+    """The maps of which functions alone made a map, the last first: the same but for constant factors and the layout.
+
+    A factor is a number, or one for each channel; of the layout the order of dimensions may differ. Nothing else uses
+    these maps nor the one that was made, and no function gives more dimensions than that has, unlike those that cut a
+    map into windows.
+    """
+    found: list[Value] = []
+    before = value
+    while _has_one_use(maps, before):
+        source = _source_of_function(maps, before)
+        if source is None or len(source.shape) > len(value.shape):
+            break
+        before = source
+        same = maps.is_map(source) and source.shape[0] == value.shape[0] and maps.size(source) == maps.size(value)
+        if same and maps.kind(source)[1] == maps.kind(value)[1] and _has_one_use(maps, source):
+            found.append(source)
+    return found
+
+
+def _has_one_use(maps: Maps, value: Value) -> bool:
+    return value.index not in maps.output and len(maps.users(value)) == 1
+
+
+def _source_of_function(maps: Maps, value: Value) -> Value | None:
+    """What a function that multiplies by constants or changes the layout was given."""
+    values = maps.seen.values
+    data = [index for index in value.inputs if maps.seen.is_data(values[index])]
+    if len(data) != 1:
+        return None
+    source, name = values[data[0]], value.operator.rstrip("_")
+    return source if name in LAYOUT or (name in SCALING and _scales(maps, source, value)) else None
+
+
+def _scales(maps: Maps, source: Value, value: Value) -> bool:
+    """Whether a product, or a quotient, is that of a map with a number or with one number for each channel."""
+    if value.shape != source.shape or value.dtype != source.dtype:
+        return False
+    # neither what is divided by the map, nor a quotient that is rounded
+    if value.operator.startswith("div") and (value.inputs[0] != source.index or value.options):
+        return False
+    axis, rank = maps.axis(source), len(source.shape)
+    factors = [maps.seen.values[index].shape for index in value.inputs if index != source.index]
+    return all(n == 1 or rank - len(shape) + k == axis for shape in factors for k, n in enumerate(shape))
 
 
 def _watched(model: nn.Module) -> Watched:

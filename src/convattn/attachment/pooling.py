@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from convattn.attachment.maps import Maps
+from convattn.attachment.maps import LAYOUT, Maps
 from convattn.attachment.sums import ACTIVATIONS, WEIGHTED
 from convattn.attachment.wrapper import Functions
 from convattn.networks.watching import Call, Value
@@ -19,21 +19,6 @@ MAXIMA = (
     "max_pool3d_with_indices",
 )
 REDUCING = (*MEANS, *MAXIMA, "sum", "logsumexp", "linalg_vector_norm", "median")
-# operators that keep every number
-RESHAPING = (
-    "view",
-    "_unsafe_view",
-    "reshape",
-    "flatten",
-    "permute",
-    "transpose",
-    "squeeze",
-    "unsqueeze",
-    "clone",
-    "alias",
-)
-
-
 # operators that do more than pool: a head stands before them
 WORKING = (*WEIGHTED, "native_batch_norm", "_native_batch_norm", "native_layer_norm", "native_group_norm", "batch_norm")
 
@@ -174,7 +159,7 @@ def _is_mean_or_max(maps: Maps, given: Value, vector: Value) -> bool:
     if given.index in maps.output or prod(vector.shape[1:]) != given.shape[maps.axis(given)]:
         return False
     value = given
-    while len(users := maps.users(value)) == 1 and users[0].operator in RESHAPING and users[0] is not vector:
+    while len(users := maps.users(value)) == 1 and users[0].operator in LAYOUT and users[0] is not vector:
         value = users[0]
     # the positions of maxima come with them
     alone = all(user.operator == vector.operator for user in users) and vector in users
@@ -188,6 +173,6 @@ def _taking(maps: Maps, vector: Value) -> Call | None:
             if call.x == vector.index and call.alone and len(maps.calls_of(call.module)) == 1:
                 return call
         users = maps.users(vector)
-        if len(users) != 1 or users[0].operator not in RESHAPING:
+        if len(users) != 1 or users[0].operator not in LAYOUT:
             return None
         vector = users[0]

@@ -10,7 +10,7 @@ from torch import nn
 
 from convattn.attachment import blocks, pooling, units
 from convattn.attachment.blocks import Block
-from convattn.attachment.maps import Maps
+from convattn.attachment.maps import Maps, before_functions
 from convattn.attachment.sums import ACTIVATIONS, Sum, sums
 from convattn.attachment.wrapper import ATTENTION, Attached, Functions, layer_of, like
 from convattn.networks.watching import Call, Value
@@ -109,15 +109,16 @@ class Survey:
 
     @cached_property
     def residual_sums(self) -> list[Sum]:
-        return [one for one in self.sums if one.shortcut is not None and self.maps.is_map(one.value)]
+        return [one for one in self.sums if one.residual and self.maps.is_map(one.value)]
 
     @cached_property
     def blocks(self) -> list[Block]:
-        return blocks.find(self.maps, [one.value for one in self.residual_sums])
+        return blocks.find(self.maps, self.residual_sums)
 
     @cached_property
     def stage_ends(self) -> list[Value]:
-        return blocks.stage_ends(self.maps, self.residual_sums, self.blocks)
+        sums = [one for one in self.sums if one.shortcut is not None and self.maps.is_map(one.value)]
+        return blocks.stage_ends(self.maps, sums, self.blocks)
 
     @cached_property
     def branches(self) -> list[tuple[Sum, Value]]:
@@ -127,16 +128,27 @@ class Survey:
     def _residual(self) -> Iterable[Found]:
         yield from self._not_residual()
         for one, branch in self.branches:
-            yield self._end_of(one, branch, _inner_first)
+            found = self._end_of(one, branch, _inner_first)
+            for before in before_functions(self.maps, branch) if isinstance(found, Skipped) else ():
+                # a gate before a constant factor is the gate behind it
+                earlier = self._end_of(one, before, _inner_first)
+                if isinstance(earlier, Place):
+                    found = earlier
+                    break
+            yield found
 
     def _end_of(self, one: Sum, branch: Value, order: Order) -> Found:
         """The last layer of a branch."""
-        targets = [branch for _, branch in self.branches]
-        return self._after(branch, targets, order, near=one.value.within, what="the branch")
+        return self._after(branch, self._branch_ends, order, near=one.value.within, what="the branch")
+
+    @cached_property
+    def _branch_ends(self) -> list[Value]:
+        """The values with which branches end, and those of which functions make these and nothing else."""
+        return [value for _, branch in self.branches for value in (branch, *before_functions(self.maps, branch))]
 
     def _not_residual(self) -> Iterable[Skipped]:
         for one in self.sums:
-            if one.shortcut is None:
+            if not one.residual:
                 yield Skipped(one.value.within, one.reason)
             elif not self.maps.is_map(one.value):
                 yield Skipped(one.value.within, TOKENS)

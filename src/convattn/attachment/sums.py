@@ -1,5 +1,6 @@
 """Which sums of a network are residual: the sum of a shortcut and of what was computed beside it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 
@@ -40,17 +41,38 @@ ACTIVATIONS = (
     "clamp",
     "clamp_min",
 )
+PARALLEL = "parallel convolutions"
+LINEAR_BRANCH = f"{PARALLEL}: there is no non-linear layer in the branch"
 RESCALING = ("upsample", "grid_sampler", "pixel_shuffle")
+# linear in all that they are given; they may end in an underscore
+LINEAR = (
+    *("add", "sub", "rsub", "neg", "mean", "sum", "cat", "stack", "changed", "alias", "detach", "clone", "copy"),
+    *("_to_copy", "view", "_unsafe_view", "reshape", "flatten", "permute", "transpose", "t", "squeeze", "unsqueeze"),
+    *("expand", "repeat", "select", "slice", "index", "index_select", "split", "split_with_sizes", "chunk", "unbind"),
+    *("narrow", "as_strided", "flip", "roll", "constant_pad_nd", "pixel_unshuffle", "channel_shuffle"),
+    *("native_channel_shuffle", "im2col", "col2im", "dropout", "native_dropout", "lift_fresh"),
+)
+LINEAR_FAMILIES = (
+    *("avg_pool", "_adaptive_avg_pool", "adaptive_avg_pool", "upsample", "pixel_shuffle", "reflection_pad"),
+    *("replication_pad", "_fft"),
+)
+# linear where only one factor depends on the input
+PRODUCTS = (*WEIGHTED, "mul", "div", "matmul", "grid_sampler")
 
 
 @dataclass(frozen=True)
 class Sum:
-    """A sum: its value, its operands, which of them is the shortcut (None: not residual) and why not."""
+    """A sum: its value, its operands, which of them is the shortcut, and, where it is not residual, why not."""
 
     value: Value
     operands: tuple[Value, ...]
     shortcut: Value | None
     reason: str = ""
+
+    @property
+    def residual(self) -> bool:
+        """Whether a shortcut is added to what is no linear function of what they share."""
+        return self.shortcut is not None and not self.reason
 
     @property
     def branches(self) -> tuple[Value, ...]:
@@ -63,7 +85,7 @@ def sums(seen: Watched) -> list[Sum]:
 
     One operand of a residual sum is the shortcut, on which another one depends; or, with a projection, none depends on
     another, and the shortcut is the one with fewer layers (at most one) since what they have in common. Sums inside a
-    branch, of parallel convolutions and of several scales are not residual.
+    branch, of several scales, and of what is linear in the input, such as parallel convolutions, are not residual.
     """
     # the sum that a layer gives is one operand of the next sum
     given = {call.y for call in seen.calls if call.y is not None and call.x != call.y}
@@ -107,16 +129,20 @@ def _judged(seen: Watched, value: Value, operands: tuple[Value, ...]) -> Sum:
     sources = [one for one in operands if any(other.depends_on(one) for other in operands)]
     if sources:
         # the first of several is what the others were computed from
-        return Sum(value, operands, min(sources, key=lambda one: one.index))
+        shortcut = min(sources, key=lambda one: one.index)
+        linear = all(_is_linear(seen, one.ancestors & ~common) for one in operands if one is not shortcut)
+        return Sum(value, operands, shortcut, LINEAR_BRANCH if linear else "")
     weights = {one.index: _count(paths[one.index], WEIGHTED) for one in operands}
     bends = {one.index: _count(paths[one.index], NONLINEAR) for one in operands}
     if not any(bends.values()):
-        return Sum(value, operands, None, "parallel convolutions")
+        return Sum(value, operands, None, PARALLEL)
     shortcut = min(operands, key=lambda one: weights[one.index])
     rest = [one for one in operands if one is not shortcut]
     deeper = all(weights[one.index] > weights[shortcut.index] for one in rest)
     if bends[shortcut.index] or not deeper:
         return Sum(value, operands, None, "branches of which none is a shortcut")
+    if all(_is_linear(seen, one.ancestors & ~common) for one in rest):
+        return Sum(value, operands, None, PARALLEL)
     return Sum(value, operands, shortcut)
 
 
@@ -132,16 +158,35 @@ def _outside(one: Sum, every: list[Sum]) -> Sum:
     return one
 
 
+def _is_linear(seen: Watched, ancestors: int) -> bool:
+    """Whether none of some values is a non-linear function of the network's input."""
+    return all(_is_linear_step(seen, value) for value in _data(seen, ancestors))
+
+
+def _is_linear_step(seen: Watched, value: Value) -> bool:
+    name = value.operator.rstrip("_")
+    data = [index for index in value.inputs if seen.is_data(seen.values[index])]
+    if name.startswith(PRODUCTS):
+        # what is divided by is in the second place
+        return len(data) == 1 and (name != "div" or data[0] == value.inputs[0])
+    if "batch_norm" in name:
+        # with the statistics of the map itself, as in an instance norm, it is told to train
+        return len(data) == 1 and not any(one is True for one in value.arguments)
+    return name in LINEAR or name.startswith(LINEAR_FAMILIES)
+
+
 def _operators(seen: Watched, ancestors: int) -> list[str]:
-    found = []
+    return [value.operator for value in _data(seen, ancestors)]
+
+
+def _data(seen: Watched, ancestors: int) -> Iterator[Value]:
+    """The values of a set; how a weight was computed is not a layer between."""
     while ancestors:
         lowest = ancestors & -ancestors
         value = seen.values[lowest.bit_length() - 1]
-        # how a weight was computed is not a layer between
         if seen.is_data(value):
-            found.append(value.operator)
+            yield value
         ancestors ^= lowest
-    return found
 
 
 def _count(operators: list[str], kinds: tuple[str, ...]) -> int:

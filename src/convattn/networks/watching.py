@@ -32,7 +32,7 @@ class Value:
 
     `ancestors` has a bit set for every value that this one depends on, itself included; `within` is the name of the
     innermost module that was running; `arguments` and `options` are those of the operator behind the first argument,
-    where no tensor is among them.
+    with None for each tensor.
     """
 
     index: int
@@ -137,7 +137,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # nor does the tensor that only lends its shape
         inputs = () if name.endswith("_like") or name.startswith("new_") else tuple(map(self.value, given))
         result = func(*args, **options)
-        call = (args[1:], tuple(options.items())) if len(given) == 1 else ()
+        call = (_without_tensors(args[1:]), tuple(_without_tensors(one) for one in options.items()))
         # of several results those that are empty in eval mode, such as saved statistics, are none
         results = [result] if isinstance(result, torch.Tensor) else [one for one in _tensors(result) if one.numel()]
         # what a norm saves for its gradient is empty on some devices only; nothing uses it here
@@ -236,6 +236,13 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     if is_dataclass(tree) and not isinstance(tree, type):
         return [tensor for one in fields(tree) for tensor in _tensors(getattr(tree, one.name))]
     return []
+
+
+def _without_tensors(tree: Any) -> Any:
+    # a value that held tensors would keep all maps of the pass in memory
+    if isinstance(tree, torch.Tensor):
+        return None
+    return tuple(map(_without_tensors, tree)) if isinstance(tree, tuple | list) else tree
 
 
 def _hooks(name: str, module: nn.Module, recorder: _Recorder) -> Iterator[Any]:
