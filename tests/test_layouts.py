@@ -897,7 +897,7 @@ def numbers_in(state: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def test_damaged_state_dicts_are_read_whole_or_refused_in_one_line() -> None:
     draw, outcomes = random.Random(0), {"read": 0, "refused": 0}
-    for _ in range(1500):
+    for _ in range(800):
         layout = draw.choice([*STATES, "post-block"])
         theirs = TheirBlock(8, TheirChannelNamed(8, 2), 3) if layout == "post-block" else STATES[layout]()
         state: dict[Any, Any] = theirs.state_dict()
@@ -913,7 +913,7 @@ def test_damaged_state_dicts_are_read_whole_or_refused_in_one_line() -> None:
         else:
             assert torch.equal(numbers_in(module.state_dict()), numbers_in(state))
             outcomes["read"] += 1
-    assert outcomes["read"] > 100 and outcomes["refused"] > 1000
+    assert outcomes["read"] > 50 and outcomes["refused"] > 500
 
 
 def test_even_kernel_is_refused() -> None:
