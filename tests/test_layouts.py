@@ -1,6 +1,7 @@
 """State dicts of other implementations: against numbers computed with their authors' code, and against live modules."""
 
 import copy
+import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from convattn import module_from
 from convattn.attachment import Attached
 from convattn.errors import InvalidOption, LayoutError, UnknownName
 from convattn.layouts import LAYOUTS
-from convattn.networks import BasicBlock
+from convattn.networks import BasicBlock, resnet20
 from convattn.nn import CBAM, ChannelAttention, DualPool, Gate, SpatialAttention, SqueezeExcite
 from tolerances import assert_close, is_close
 
@@ -58,7 +59,7 @@ CASES = [
     Case("cbam_official_c64_eval", CBAM, OFFICIAL),
     Case("cbam_official_c64_train", CBAM, OFFICIAL),
     Case("cbam_official_ties_c32", CBAM, OFFICIAL),
-    Case("channel_attention_seed_c64", ChannelAttention),
+    Case("channel_attention_seed_c64", ChannelAttention, overrides={"layout": "post"}),
     Case("dual_pooling_head_seed", DualPool, {"reduce_layer": "reduce", "fc.1": "classifier"}),
     Case("se_moskomule_c64", SqueezeExcite, LINEAR_PAIR),
     Case("spatial_attention_seed_k3", SpatialAttention, {"conv1": "conv"}),
@@ -196,6 +197,19 @@ class TheirChannelNamed(nn.Module):
         return sum(self.fc2(self.fc1(value).relu()) for value in pooled).sigmoid()
 
 
+class FaceSE(nn.Module):
+    """The SE of networks for faces (InsightFace, FastReID): the keys of the post's channel attention, one pool."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.avg_pool, self.relu, self.sigmoid = nn.AdaptiveAvgPool2d(1), nn.ReLU(), nn.Sigmoid()
+        self.fc1 = nn.Conv2d(channels, hidden, 1, bias=False)
+        self.fc2 = nn.Conv2d(hidden, channels, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.sigmoid(self.fc2(self.relu(self.fc1(self.avg_pool(x)))))
+
+
 class TheirSpatial(nn.Module):
     """Spatial attention of the post and of luuuyi: (mean, max), no norm; returns the gate."""
 
@@ -328,7 +342,7 @@ def _lives() -> Iterator[Live]:
     yield Live("timm-cbam-k3", lambda: CbamModule(32, spatial_kernel_size=3), 32, CBAM, TIMM_CBAM)
     yield Live("timm-cbam-bias", lambda: CbamModule(32, mlp_bias=True), 32, CBAM, TIMM_CBAM)
     yield Live("timm-cbam-silu", lambda: CbamModule(32, act_layer=nn.SiLU), 32, CBAM, TIMM_CBAM, {"activation": "SiLU"})
-    yield Live("timm-channel", lambda: ChannelAttn(32), 32, ChannelAttention)
+    yield Live("timm-channel", lambda: ChannelAttn(32), 32, ChannelAttention, asked={"layout": "timm-cbam"})
     yield Live(
         "timm-channel-bias",
         lambda: ChannelAttn(32, mlp_bias=True),
@@ -349,7 +363,15 @@ def _lives() -> Iterator[Live]:
             LINEAR_PAIR,
             gate_alone=True,
         )
-    yield Live("channel-named", lambda: TheirChannelNamed(32, 2), 32, ChannelAttention, gate_alone=True)
+    yield Live(
+        "channel-named",
+        lambda: TheirChannelNamed(32, 2),
+        32,
+        ChannelAttention,
+        asked={"layout": "luuuyi"},
+        gate_alone=True,
+    )
+    yield Live("face-se", lambda: FaceSE(32, 2), 32, SqueezeExcite, asked={"layout": "insightface-se"})
     for width in (1, 3, 5, 9):
         yield Live(
             f"spatial-{width}", lambda w=width: TheirSpatial(w), 7, SpatialAttention, {"conv1": "conv"}, gate_alone=True
@@ -429,7 +451,7 @@ def test_other_dimensions_come_from_the_convolutions(dimensions: int) -> None:
     ones = [1] * dimensions
     state = {"fc1.weight": torch.randn(2, 8, *ones), "fc2.weight": torch.randn(8, 2, *ones)}
     x = torch.randn(2, 8, *[5] * dimensions)
-    y = module_from(state)(x)
+    y = module_from(state, layout="post")(x)
     pooled = (x.flatten(2).mean(2), x.flatten(2).amax(2))
     first, second = (state[f"fc{i}.weight"].flatten(1) for i in (1, 2))
     gate = sum((value @ first.T).relu() @ second.T for value in pooled).sigmoid()
@@ -451,6 +473,7 @@ STATES: dict[str, Callable[[], nn.Module]] = {
     "post": lambda: TheirHead(8, 4, 3),
     "luuuyi": lambda: TheirChannel(8, 2),
     "moskomule-se": lambda: TheirSE(8, 2),
+    "insightface-se": lambda: FaceSE(8, 2),
     "official-cbam": lambda: OfficialCBAM(8, 2, 7),
     "timm-se": lambda: SEModule(8),
     "timm-cbam": lambda: CbamModule(8, rd_channels=2),
@@ -494,12 +517,41 @@ def test_ambiguous_state_names_the_candidates(theirs: nn.Module, overrides: dict
         assert said in str(caught.value)
 
 
-def test_convolutions_without_biases_are_channel_attention_unless_named() -> None:
-    theirs = randomized(SEModule(8, bias=False))
+@pytest.mark.parametrize(
+    "theirs", [FaceSE(8, 2), TheirChannelNamed(8, 2), ChannelAttn(8), SEModule(8, bias=False)], ids=repr
+)
+@pytest.mark.parametrize("overrides", [{}, {"hidden": 16}, {"start": "identity"}, {"activation": "silu"}], ids=str)
+def test_same_keys_without_biases_are_not_decided(theirs: nn.Module, overrides: dict[str, Any]) -> None:
+    with pytest.raises(LayoutError) as caught:
+        module_from(theirs.state_dict(), **overrides)
+    assert str(caught.value) == (
+        "module_from: the keys and shapes fit 'post' and 'luuuyi' and 'timm-cbam' (channel attention, of mean and "
+        "maximum) or 'insightface-se' and 'timm-se' (squeeze-and-excitation, of the mean alone), which compute "
+        "differently. Say which with layout=..., or give pools=... or gate_activation=...."
+    )
+
+
+def test_the_layout_decides_for_convolutions_without_biases() -> None:
+    face, post = randomized(FaceSE(8, 8)), randomized(TheirChannelNamed(8, 8))
+    post.load_state_dict(face.state_dict())
     x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
-    assert type(module_from(theirs.state_dict())) is ChannelAttention
-    assert not is_close(module_from(theirs.state_dict())(x), theirs(x))
-    assert_close(module_from(theirs.state_dict(), layout="timm-se")(x), theirs(x))
+    assert not is_close(x * post(x), face(x))
+    for layout in ("insightface-se", "timm-se"):
+        assert_close(module_from(face.state_dict(), layout=layout)(x), face(x))
+    for layout in ("post", "luuuyi", "timm-cbam"):
+        assert_close(module_from(face.state_dict(), layout=layout).gate(x), post(x))
+
+
+def test_an_option_of_one_candidate_decides() -> None:
+    theirs = randomized(FaceSE(8, 2))
+    x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
+    assert_close(module_from(theirs.state_dict(), gate_activation="sigmoid")(x), theirs(x))
+    pooled = module_from(theirs.state_dict(), pools=("mean",))
+    assert type(pooled) is ChannelAttention
+    # channel attention of the mean alone is the same as squeeze-and-excitation
+    assert_close(pooled(x), theirs(x))
+    with pytest.raises(LayoutError, match="compute differently"):
+        module_from(theirs.state_dict(), pools=("mean",), gate_activation="sigmoid")
 
 
 def test_pools_decide_for_channel_attention() -> None:
@@ -639,16 +691,25 @@ def test_block_of_another_shape_is_refused() -> None:
     [
         ({}, "expected tensors by name"),
         ({"fc.0.weight": [1.0]}, "expected tensors by name"),
-        ({"weight": torch.ones(3)}, "belong to no known layout .*: weight\\."),
+        ({"weight": torch.ones(3)}, "belong to no known layout .*: 'weight'\\."),
         (
             {"a.fc.0.weight": torch.ones(2, 8), "b.fc.2.weight": torch.ones(8, 2)},
             "belong to no known layout .*official-cbam",
         ),
         ({"fc.0.weight": torch.ones(2, 8)}, "belong to no known layout"),
-        ({"fc.0.weight": torch.ones(2, 8), "fc.2.weight": torch.ones(6, 2)}, "do not fit together .*fc"),
-        ({"fc1.weight": torch.ones(2, 8, 3, 3), "fc2.weight": torch.ones(8, 2, 1, 1)}, "expected a 1x1 convolution"),
+        (
+            {"fc.0.weight": torch.ones(2, 8), "fc.2.weight": torch.ones(6, 2)},
+            r"'post' and 'moskomule-se', but fc\.2\.weight has the shape \(6, 2\), expected \(8, 2\)\.",
+        ),
+        (
+            {"fc1.weight": torch.ones(2, 8, 3, 3), "fc2.weight": torch.ones(8, 2, 1, 1)},
+            r"The nearest is 'post' .*: fc1\.weight has the shape \(2, 8, 3, 3\), expected that of a 1x1 convolution",
+        ),
         ({"conv1.weight": torch.ones(64, 3, 7, 7)}, r"shape \(64, 3, 7, 7\), expected \(1, 2, k, ...\)"),
-        ({"conv1.weight": torch.ones(1, 2, 3, 5)}, "do not fit together .*conv.weight"),
+        (
+            {"conv1.weight": torch.ones(1, 2, 3, 5)},
+            r"conv1\.weight has the shape \(1, 2, 3, 5\), expected \(1, 2, k, ...\)",
+        ),
     ],
     ids=["empty", "lists", "other", "two", "half", "shapes", "3x3", "stem", "oblong"],
 )
@@ -656,6 +717,203 @@ def test_no_such_module(state: dict[str, Any], message: str) -> None:
     with pytest.raises(LayoutError, match=message) as caught:
         module_from(state)
     assert "\n" not in str(caught.value)
+
+
+NEAREST: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    (
+        {key: value for key, value in CbamModule(8).state_dict().items() if key != "spatial.conv.bn.weight"},
+        {},
+        "The nearest is 'timm-cbam': 'spatial.conv.bn.weight' is missing.",
+    ),
+    (
+        {**SEModule(8).state_dict(), "fc3.weight": torch.ones(3)},
+        {},
+        "The nearest is 'timm-se' and 'torchvision-se': 'fc3.weight' is not of it.",
+    ),
+    (
+        {f"block.se.{key}": value[..., 0, 0] for key, value in FaceSE(8, 2).state_dict().items()},
+        {},
+        "The nearest is 'post' and 'luuuyi' and 'timm-cbam': fc1.weight has the shape (2, 8), expected that of a 1x1 "
+        "convolution.",
+    ),
+    (
+        {f"layer.{key}": value for key, value in FaceSE(8, 2).state_dict().items()},
+        {"layout": "torchvision-se"},
+        "they fit 'post' and 'luuuyi' and 'timm-cbam' and 'insightface-se'",
+    ),
+    (FaceSE(8, 2).state_dict(), {"layout": "torchvision-se"}, "'torchvision-se': 'fc1.bias' is missing."),
+    (SEModule(8).state_dict(), {"layout": "insightface-se"}, "and 'timm-se': 'fc1.bias' is not of it."),
+    (
+        {"fc1.weight": torch.ones(2, 8, 1, 1), "fc2.weight": torch.ones(6, 2, 1, 1)},
+        {},
+        "but fc2.weight has the shape (6, 2, 1, 1), expected (8, 2, 1, 1).",
+    ),
+    (
+        {**OfficialCBAM(8, 2, 3).state_dict(), "SpatialGate.spatial.bn.running_var": torch.ones(4)},
+        {},
+        "is 'official-cbam', but SpatialGate.spatial.bn.running_var has the shape (4,), expected (1,).",
+    ),
+    (
+        {**TheirBlock(8, TheirChannel(8, 1), 3).state_dict(), **TheirBlock(8, TheirChannel(4, 1), 3).state_dict()},
+        {},
+        "ca.fc.0.weight has the shape (1, 4, 1, 1), expected a two-dimensional convolution in a block of 8 channels.",
+    ),
+]
+
+
+@pytest.mark.parametrize("state, asked, message", NEAREST, ids=range(len(NEAREST)))
+def test_refusals_name_the_nearest_layout(state: dict[str, Any], asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(LayoutError) as caught:
+        module_from(state, **asked)
+    assert message in str(caught.value)
+
+
+class Subclass(torch.Tensor):
+    """A tensor of another class, as of libraries that quantize or shard."""
+
+
+def without_memory() -> torch.Tensor:
+    tensor = torch.ones(2, 8, 1, 1)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+SE, OTHER = (2, 8, 1, 1), torch.ones(8, 2, 1, 1)
+HOSTILE: dict[str, tuple[Callable[[], Any], str]] = {
+    "integers": (lambda: torch.ones(SE, dtype=torch.int64), "'fc1.weight' is torch.int64, not one of torch.float16"),
+    "booleans": (lambda: torch.ones(SE, dtype=torch.bool), "'fc1.weight' is torch.bool"),
+    "complex": (lambda: torch.ones(SE, dtype=torch.complex64), "'fc1.weight' is torch.complex64"),
+    "conjugated": (lambda: torch.ones(SE, dtype=torch.complex64).conj(), "'fc1.weight' is torch.complex64"),
+    "float8": (lambda: torch.ones(SE).to(torch.float8_e4m3fn), "'fc1.weight' is torch.float8_e4m3fn"),
+    "quantized": (
+        lambda: torch.quantize_per_tensor(torch.ones(SE), 0.1, 0, torch.qint8),
+        "not a plain dense tensor (quantized)",
+    ),
+    "sparse": (lambda: torch.ones(SE).to_sparse(), "not a plain dense tensor (torch.sparse_coo)"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.ones(2, 8)]), "not a plain dense tensor (nested)"),
+    "meta": (lambda: torch.ones(SE, device="meta"), "has no values (device meta)"),
+    "freed": (without_memory, "has no values (device cpu)"),
+    "subclass": (lambda: torch.ones(SE).as_subclass(Subclass), "is of type Subclass"),
+    "lazy": (lambda: nn.UninitializedParameter(), "is of type UninitializedParameter"),
+    "number": (lambda: 1.0, "'fc1.weight' is of type float"),
+    "none": (lambda: None, "'fc1.weight' is of type NoneType"),
+    "0-d": (lambda: torch.tensor(1.0), "fc1.weight has the shape ()"),
+    "1-d": (lambda: torch.ones(8), "fc1.weight has the shape (8,)"),
+    "6-d": (lambda: torch.ones(2, 8, 1, 1, 1, 1), "fc1.weight has the shape (2, 8, 1, 1, 1, 1)"),
+    "no elements": (lambda: torch.ones(2, 0, 1, 1), "fc1.weight has the shape (2, 0, 1, 1)"),
+    "no kernel": (lambda: torch.ones(2, 8, 0, 0), "fc1.weight has the shape (2, 8, 0, 0)"),
+    "other width": (lambda: torch.ones(3, 8, 1, 1), "fc2.weight has the shape (8, 2, 1, 1), expected (8, 3, 1, 1)"),
+    "other dimensions": (lambda: torch.ones(2, 8, 1), "fc2.weight has the shape (8, 2, 1, 1), expected (8, 2, 1)"),
+    "other dtype": (lambda: torch.ones(SE).double(), "'fc1.weight' is torch.float64 and 'fc2.weight' is torch.float32"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.parametrize("layout", [None, "post", "insightface-se", "official-cbam"])
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_hostile_tensors_get_one_line(hostile: str, layout: str | None) -> None:
+    value, message = HOSTILE[hostile]
+    with pytest.raises(LayoutError) as caught:
+        module_from({"fc1.weight": value(), "fc2.weight": OTHER}, layout=layout)
+    assert "\n" not in str(caught.value)
+    assert message in str(caught.value) or layout == "official-cbam"
+
+
+HOSTILE_KEYS: list[tuple[dict[Any, Any], str]] = [
+    ({3: OTHER}, "a key is of type int"),
+    ({None: OTHER}, "a key is of type NoneType"),
+    ({("fc1", "weight"): OTHER}, "a key is of type tuple"),
+    ({b"fc1.weight": OTHER, "fc2.weight": OTHER}, "a key is of type bytes"),
+    ({"fc1.weight\n": OTHER, "fc2.weight": OTHER}, "'fc1.weight\\n'"),
+    ({"a\r\nb\u2028.fc1.weight": OTHER, "fc2.weight": OTHER}, "'a\\r\\nb\\u2028.fc1.weight'"),
+    ({"": OTHER}, "belong to no known layout"),
+    ({".": OTHER, "..": OTHER}, "belong to no known layout"),
+    ({"x" * 100_000: OTHER}, "'" + "x" * 80 + "'..."),
+    ({"x." * 100_000 + "fc1.weight": OTHER}, "'fc2.weight' is missing"),
+    ({f"layer{index}.weight": OTHER for index in range(100_000)}, "100000 tensors are more than any layout has"),
+    (resnet20().state_dict(), "not of a network"),
+    ({"state_dict": {3: OTHER}}, "a key is of type int"),
+    ({"state_dict": {}}, "expected tensors by name"),
+    ({"num_batches_tracked": torch.tensor(1)}, "belong to no known layout"),
+]
+
+
+@pytest.mark.parametrize("state, message", HOSTILE_KEYS, ids=range(len(HOSTILE_KEYS)))
+def test_hostile_keys_get_one_line(state: dict[Any, Any], message: str) -> None:
+    with pytest.raises(LayoutError) as caught:
+        module_from(state)
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 1500
+
+
+def test_newlines_in_a_shared_prefix_are_a_prefix() -> None:
+    state = TheirSE(8, 2).state_dict()
+    module = module_from({f"a\nb.{key}": value for key, value in state.items()})
+    assert torch.equal(module.fc1.weight, state["fc.0.weight"])
+
+
+def test_shared_and_strange_memory_is_copied() -> None:
+    both = torch.randn(64)
+    state = {"fc.0.weight": both.view(8, 8), "fc.2.weight": both.view(8, 8).t()}
+    module = module_from(state)
+    assert torch.equal(module.fc1.weight, both.view(8, 8)) and torch.equal(module.fc2.weight, both.view(8, 8).t())
+    wide = module_from({"fc.0.weight": torch.ones(1, 1).expand(8, 8), "fc.2.weight": nn.Parameter(both.view(8, 8))})
+    with torch.no_grad():
+        wide.fc1.weight[0, 0] = 5.0
+    assert wide.fc1.weight.sum() == 68
+    negative = torch._neg_view(torch.ones(8, 8))
+    assert torch.equal(module_from({**state, "fc.0.weight": negative}).fc1.weight, -torch.ones(8, 8))
+
+
+def damaged(state: dict[Any, Any], draw: random.Random) -> dict[Any, Any]:
+    """A state dict with a random fault: another key, shape, dtype or kind of tensor, one too many or too few."""
+    plain = [key for key, value in state.items() if isinstance(value, torch.Tensor) and value.device.type == "cpu"]
+    plain = [key for key in plain if state[key].layout == torch.strided]
+    if not plain:
+        return state
+    key = draw.choice(plain)
+    value = state[key]
+    shapes = [(), (0,), (1,), (2, 8), (8, 2, 1), (1, 2, 3), (1, 2, 4, 4), (2, 2, 2, 2, 2), tuple(value.shape[:-1])]
+    kinds = [torch.float16, torch.float64, torch.int32, torch.bool, torch.complex64, torch.float8_e5m2]
+    faults: list[Callable[[], dict[Any, Any]]] = [
+        lambda: {other: state[other] for other in state if other != key},
+        lambda: {**state, f"{key}{draw.choice(['2', '.weight', ''])}": value},
+        lambda: {**state, draw.choice(["strength", "fc1.bias", "x", "spatial.bn.weight", 7]): value},
+        lambda: {(f"a.{other}" if draw.random() < 0.9 else other): state[other] for other in state},
+        lambda: {**state, key: torch.ones(draw.choice(shapes))},
+        lambda: {**state, key: value.to(draw.choice(kinds))},
+        lambda: {**state, key: draw.choice([value.to("meta"), value.tolist(), value.float().to_sparse(), None])},
+        lambda: {**state, key: state[draw.choice(list(state))]},
+        lambda: {**state, key: value[..., None]},
+    ]
+    return draw.choice(faults)()
+
+
+def numbers_in(state: dict[str, torch.Tensor]) -> torch.Tensor:
+    """All weights, sorted, apart from what a state dict has beside them."""
+    kept = [v.flatten().double() for k, v in state.items() if not k.endswith(("tracked", "strength"))]
+    return torch.cat(kept).sort().values
+
+
+def test_damaged_state_dicts_are_read_whole_or_refused_in_one_line() -> None:
+    draw, outcomes = random.Random(0), {"read": 0, "refused": 0}
+    for _ in range(800):
+        layout = draw.choice([*STATES, "post-block"])
+        theirs = TheirBlock(8, TheirChannelNamed(8, 2), 3) if layout == "post-block" else STATES[layout]()
+        state: dict[Any, Any] = theirs.state_dict()
+        for _ in range(draw.randint(1, 2)):
+            state = damaged(state, draw)
+        try:
+            module = module_from(state, layout=draw.choice([None, layout if layout in LAYOUTS else "post"]))
+        except LayoutError as error:
+            assert len(str(error).splitlines()) == 1
+            outcomes["refused"] += 1
+        except InvalidOption as error:
+            assert "kernel_size must be odd" in str(error)
+        else:
+            assert torch.equal(numbers_in(module.state_dict()), numbers_in(state))
+            outcomes["read"] += 1
+    assert outcomes["read"] > 50 and outcomes["refused"] > 500
 
 
 def test_even_kernel_is_refused() -> None:

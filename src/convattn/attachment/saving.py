@@ -20,7 +20,7 @@ from torch import nn
 
 from convattn import checks, registry
 from convattn.attachment import descriptions, freezing
-from convattn.attachment.attaching import Pair, attached, exchange, partners, wrapped
+from convattn.attachment.attaching import LOCK, Pair, attached, exchange, partners, wrapped
 from convattn.attachment.descriptions import ABOUT, FORMATS, Fingerprint, Saved
 from convattn.attachment.plans import UNCHANGED, Site, built, own_entry
 from convattn.attachment.wrapper import ATTENTION, Attached, AttachedBranch, layer_of
@@ -150,7 +150,8 @@ def load(
     except RecursionError as error:
         raise WeightsError(f"{folder / ABOUT} is nested too deeply to be read. {UNCHANGED}") from error
     with _restored(trained, values, folder):
-        exchange(inside, pairs)
+        with LOCK:
+            exchange(inside, pairs)
     if trained:
         freezing.note_trained(inside, trained.values())
     return model
