@@ -149,9 +149,8 @@ def load(
         _refuse_damage(saved, tensors, folder)
     except RecursionError as error:
         raise WeightsError(f"{folder / ABOUT} is nested too deeply to be read. {UNCHANGED}") from error
-    with _restored(trained, values, folder):
-        with LOCK:
-            exchange(inside, pairs)
+    with _restored(trained, values, folder), LOCK:
+        exchange(inside, pairs)
     if trained:
         freezing.note_trained(inside, trained.values())
     return model
