@@ -1,0 +1,339 @@
+"""What others do to an attached network: attention comes through, or the operation is refused and nothing changed.
+
+Each operation is done to the plain network, to which attention is attached then, and to the network with attention: both
+have to compute the same. Whatever an operation does to a network, it then does to it with attention as well.
+"""
+
+import copy
+import functools
+import io
+import itertools
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import networks
+import pytest
+import torch
+from networks import BUILDERS, distance, images, sites, with_attention
+from torch import nn
+from torch.ao.quantization import fuse_modules, get_default_qconfig_mapping
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+from torch.fx.experimental.optimization import fuse
+from torch.nn.utils import fuse_conv_bn_eval, parametrizations, prune, spectral_norm, weight_norm
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
+from timm.models import reparameterize_model
+
+from convattn.attachment import attached
+from convattn.errors import AttachError
+
+PLACES = ("residual", "residual-pre", "residual-post", "shortcut", "block", "stage", "final", "layer", "pool")
+MODULES = ("se", "cbam", "dual")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Something that is done to a network, in place or to a copy that is returned.
+
+    `exact` says that the output is the same to the bit, `keeps` that the result still is a network with wrappers, and
+    `refusals` are the errors with which it may be refused.
+    """
+
+    do: Callable[[nn.Module], nn.Module]
+    exact: bool = True
+    keeps: bool = True
+    tolerance: float = 1e-4
+    refusals: tuple[type[Exception], ...] = (AttachError,)
+
+
+def in_place(change: Callable[[nn.Module], object]) -> Callable[[nn.Module], nn.Module]:
+    @functools.wraps(change)
+    def do(model: nn.Module) -> nn.Module:
+        change(model)
+        return model
+
+    return do
+
+
+def torch_saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def convolutions(model: nn.Module) -> Iterator[nn.Module]:
+    """What stands where the plain network has its convolutions."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Conv2d) and ".attention." not in name:
+            yield model.get_submodule(name.removesuffix(".convattn_inner"))
+
+
+@in_place
+def pruned(model: nn.Module) -> None:
+    for convolution in convolutions(model):
+        prune.l1_unstructured(convolution, "weight", amount=0.2)
+
+
+@in_place
+def with_weight_norm(model: nn.Module) -> None:
+    for convolution in convolutions(model):
+        weight_norm(convolution)
+
+
+@in_place
+def with_spectral_norm(model: nn.Module) -> None:
+    for convolution in convolutions(model):
+        torch.manual_seed(0)
+        spectral_norm(convolution)
+
+
+@in_place
+def parametrized(model: nn.Module) -> None:
+    for convolution in convolutions(model):
+        parametrizations.weight_norm(convolution)
+
+
+def synchronised(model: nn.Module) -> nn.Module:
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+@in_place
+def with_frozen_norms(model: nn.Module) -> None:
+    """Norms replaced by name, as detection libraries do: by a module of another class with the same tensors."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.BatchNorm2d and ".attention." not in name:
+            parent, _, key = name.removesuffix(".convattn_inner").rpartition(".")
+            frozen = Frozen(module)
+            setattr(model.get_submodule(parent), key, frozen)
+
+
+class Frozen(nn.Module):
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        for key in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(key, getattr(norm, key).detach().clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+
+
+class LowRank(nn.Module):
+    """A convolution with a trained part of low rank beside it."""
+
+    def __init__(self, base_layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.down = nn.Conv2d(base_layer.in_channels, 2, 1, stride=base_layer.stride, bias=False)
+        self.up = nn.Conv2d(2, base_layer.out_channels, 1, bias=False)
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            for part in (self.down, self.up):
+                nn.init.normal_(part.weight, std=0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + self.up(self.down(x))
+
+
+@in_place
+def with_low_rank(model: nn.Module) -> None:
+    """Adapters put around every pointwise convolution that is found by its class, in place of what has its name."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Conv2d and module.kernel_size == (1, 1) and ".attention." not in name:
+            parent, _, key = name.rpartition(".")
+            setattr(model.get_submodule(parent), key, LowRank(module))
+
+
+@in_place
+def fused_by_hand(model: nn.Module) -> None:
+    """A convolution and the norm behind it merged, where a module has them under the usual names."""
+    for module in list(model.modules()):
+        for convolution, norm in (("conv1", "bn1"), ("conv2", "bn2"), ("conv", "bn")):
+            if hasattr(module, convolution) and isinstance(getattr(module, norm, None), nn.BatchNorm2d):
+                merged = fuse_conv_bn_eval(getattr(module, convolution), getattr(module, norm))
+                setattr(module, convolution, merged)
+                setattr(module, norm, nn.Identity())
+
+
+def fused_by_names(model: nn.Module) -> nn.Module:
+    names = {name for name, _ in model.named_modules()}
+    pairs = [[f"{name}.conv1", f"{name}.bn1"] for name in names if {f"{name}.conv1", f"{name}.bn1"} <= names]
+    return fuse_modules(model, sorted(pairs)) if pairs else copy.deepcopy(model)
+
+
+def merged_by_their_network(model: nn.Module) -> nn.Module:
+    return model.fuse() if hasattr(model, "fuse") else model
+
+
+@in_place
+def deployed(model: nn.Module) -> None:
+    for module in model.modules():
+        if hasattr(module, "switch_to_deploy"):
+            module.switch_to_deploy()
+
+
+def quantised(model: nn.Module) -> nn.Module:
+    torch.manual_seed(3)
+    x = images()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prepared = prepare_fx(model, get_default_qconfig_mapping("x86"), (x,))
+        prepared(x)
+        return convert_fx(prepared)
+
+
+@in_place
+def moved(model: nn.Module) -> None:
+    state = copy.deepcopy(model.state_dict())
+    model.to("meta").to_empty(device="cpu").load_state_dict(state)
+
+
+@in_place
+def in_half(model: nn.Module) -> None:
+    model.half().float()
+
+
+@in_place
+def with_another_classifier(model: nn.Module) -> None:
+    name, old = [(name, one) for name, one in model.named_modules() if isinstance(one, nn.Linear)][-1]
+    parent, _, key = name.removesuffix(".convattn_inner").rpartition(".")
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        setattr(model.get_submodule(parent), key, nn.Linear(old.in_features, 7))
+
+
+@in_place
+def with_hooks(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if ".attention" not in name and not name.endswith("convattn_inner"):
+            module.register_forward_hook(lambda module, args, output: output)
+
+
+@in_place
+def with_checkpoints(model: nn.Module) -> None:
+    """Every part computed again in the backward pass."""
+    for name, child in model.named_children():
+        setattr(model, name, Checkpointed(child))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.inside, x, use_reentrant=False)
+
+
+def functional(model: nn.Module) -> nn.Module:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+            return torch.func.functional_call(self.model, tensors, (x,))
+
+    return Functional()
+
+
+OPERATIONS = {
+    "deepcopy": Operation(copy.deepcopy),
+    "pickle": Operation(lambda model: pickle.loads(pickle.dumps(model))),
+    "torch.save": Operation(torch_saved),
+    "average of weights": Operation(lambda model: AveragedModel(model).module),
+    "requires_grad_": Operation(lambda model: model.requires_grad_(False)),
+    "half": Operation(in_half),
+    "meta and back": Operation(moved),
+    "hooks": Operation(with_hooks),
+    "checkpointing": Operation(with_checkpoints),
+    "functional_call": Operation(functional),
+    "SyncBatchNorm": Operation(synchronised, exact=False, keeps=True),
+    "frozen norms": Operation(with_frozen_norms, exact=False),
+    "low rank": Operation(with_low_rank, exact=False),
+    "another classifier": Operation(with_another_classifier),
+    "prune": Operation(pruned),
+    "weight_norm": Operation(with_weight_norm, exact=False),
+    "spectral_norm": Operation(with_spectral_norm, exact=False),
+    "parametrizations": Operation(parametrized, exact=False),
+    "symbolic trace": Operation(torch.fx.symbolic_trace, exact=False, keeps=False),
+    "fuse of FX": Operation(fuse, exact=False, keeps=False),
+    "fuse_conv_bn_eval": Operation(fused_by_hand, exact=False),
+    "fuse_modules": Operation(fused_by_names, exact=False, refusals=(AttachError, NotImplementedError)),
+    "fuse of the network": Operation(merged_by_their_network, exact=False),
+    "switch_to_deploy": Operation(deployed, exact=False),
+    "reparameterize_model": Operation(reparameterize_model, exact=False),
+    "quantisation of FX": Operation(quantised, exact=False, keeps=False, tolerance=0.25),
+    "jit.trace": Operation(lambda model: torch.jit.trace(model, images(), check_trace=False), keeps=False, exact=False),
+    "export": Operation(lambda model: torch.export.export(model, (images(),)).module(), keeps=False, exact=False),
+    "aot_eager": Operation(lambda model: torch.compile(model, backend="aot_eager"), keeps=False, exact=False),
+}
+# in which places a test of a few seconds looks, and with which modules; the rest is slow
+QUICK = {("resnet20", "residual", "cbam"), ("mobilenet_v2", "shortcut", "se"), ("densenet", "pool", "dual")}
+QUICK |= {("detector", "residual", "se"), ("reparameterised", "block", "se"), ("detector", "layer", "se")}
+# these take a second each
+COMPILED = ("quantisation of FX", "jit.trace", "export", "aot_eager")
+
+
+def cells() -> Iterator[object]:
+    for operation, network, at, attention in itertools.product(OPERATIONS, BUILDERS, PLACES, MODULES):
+        if (attention == "dual") != (at == "pool"):
+            continue
+        cell = (network, at, attention)
+        quick = cell in QUICK and (operation not in COMPILED or cell == ("resnet20", "residual", "cbam"))
+        marks = () if quick else pytest.mark.slow
+        yield pytest.param(operation, *cell, marks=marks, id=f"{operation}-{network}-{at}-{attention}")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # what is said of old ways to normalise, to quantise and to trace
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.mark.parametrize("operation, network, at, attention", cells())
+def test_operation(operation: str, network: str, at: str, attention: str) -> None:
+    """The output is that of the plain network after the operation with the same attention, or nothing has changed."""
+    one, x = OPERATIONS[operation], images()
+    plain = networks.plain(network)
+    options = {} if at != "layer" else {"where": {"resnet20": "layer1.0.*", "detector": "*.cv2.*"}.get(network, "*")}
+    try:
+        model = with_attention(copy.deepcopy(plain), attention, at, **options)
+    except AttachError as error:
+        assert "The model was not changed." in str(error)
+        return
+    names, weights = sites(model), attention_of(model)
+    with torch.no_grad(), quiet():
+        before = model(x)
+        assert distance(before, plain(x)) > 1e-3
+        try:
+            result = one.do(model)
+        except one.refusals as error:
+            assert str(error)
+            # nothing has changed
+            assert sites(model) == names and distance(model(x), before) <= one.tolerance
+            return
+        y = result(x)
+        expected = one.do(plain)
+        if one.keeps:
+            inside = getattr(result, "model", result)
+            assert len(sites(inside)) == len(names)
+            assert all(torch.equal(value, weights[key]) for key, value in attention_of(inside).items())
+        # attention and the operation in the other order
+        other = before if unchanging(plain, expected, x) else None
+        if other is not None:
+            assert torch.equal(y, other) if one.exact else distance(y, other) <= one.tolerance
+
+
+def attention_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        f"{index}.{key}": value.clone().float()
+        for index, (_, wrapper) in enumerate(attached(model))
+        for key, value in wrapper.get_submodule("attention").state_dict().items()
+    }
