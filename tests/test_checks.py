@@ -114,3 +114,17 @@ def test_extra() -> None:
     assert isinstance(caught.value.__cause__, ModuleNotFoundError)
     with pytest.raises(MissingExtra, match=r"convattn\[export\]"):
         checks.extra("nosuch", "The export", "export")
+
+
+@pytest.mark.parametrize(
+    ("thing", "said"),
+    [
+        (3, "3"),
+        ("se", "'se'"),
+        ("a\nb", r"'a\nb'"),
+        ("x" * 100, "a str"),
+        (torch.nn.Sequential(torch.nn.ReLU()), "a Sequential"),
+    ],
+)
+def test_what_a_message_shows_of_a_thing(thing: object, said: str) -> None:
+    assert checks.said(thing) == said

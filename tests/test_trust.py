@@ -292,7 +292,7 @@ def test_a_plan_cannot_bring_its_trust_with_it(done: Path) -> None:
 
 def test_a_report_runs_no_code(done: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    os.chdir(done.parent)
+    monkeypatch.chdir(done.parent)
     for words in (["report", "out"], ["report", "out", "--trust", "mine.py:network"]):
         (done / "report.html").unlink(missing_ok=True)
         assert call(*words) == (0, "")
