@@ -153,7 +153,8 @@ def plain(name: str) -> nn.Module:
 def with_attention(model: nn.Module, attention: str, at: str) -> nn.Module:
     """The network with attention that does something at every site."""
     torch.manual_seed(1)
-    attach(model, attention, at=at, example=images())
+    options = {"where": "*.0*"} if at == "layer" else {}
+    attach(model, attention, at=at, example=images(), **options)
     return stronger(model)
 
 
@@ -166,7 +167,7 @@ def stronger(model: nn.Module) -> nn.Module:
 
 def distance(y: torch.Tensor, expected: torch.Tensor) -> float:
     """Between two outputs, relative to the larger numbers."""
-    return float((y - expected).abs().max() / expected.abs().max())
+    return float((y - expected).detach().abs().max() / expected.detach().abs().max())
 
 
 def sites(model: nn.Module) -> list[str]:

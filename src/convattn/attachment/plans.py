@@ -166,7 +166,8 @@ def plan(
         if not picked or (not joined and _unmatched(places, where)):
             raise AttachError(_nothing(model, survey, kind, where, stages))
         chosen += _sites(one, picked, start, shares[one.name])
-        skipped += passed
+        # every layer is asked for; those that nobody named are not missed
+        skipped += passed if at != "layer" else _named(passed, where)
     name = "+".join(one.name for one in entries)
     return Plan(name, start, tuple(chosen), tuple(skipped), signature(model), {one.name: one for one in entries})
 
@@ -328,6 +329,14 @@ def _picked(
     return [place for place in places if any(_matches(place, pattern) for pattern in patterns)]
 
 
+def _named(skipped: list[Skipped], where: Where) -> list[Skipped]:
+    """Those of what was left out that a filter by names asked for."""
+    if where is None or callable(where):
+        return []
+    patterns = [where] if isinstance(where, str) else where
+    return [one for one in skipped if any(fnmatch.fnmatchcase(one.name, pattern) for pattern in patterns)]
+
+
 def _matches(place: Place, pattern: str) -> bool:
     # every layer is a place: those inside of one that is named are others
     inside = place.place != "layer" and fnmatch.fnmatchcase(place.name, f"{pattern}.*")
@@ -355,7 +364,10 @@ def _nothing(model: nn.Module, survey: Survey, at: str, where: Where, stages: Se
         given = {"where": unmatched[0]} if unmatched else {"where": where, "stages": stages}
         asked = " with ".join(f"{key}={value!r}" for key, value in given.items() if value is not None)
         listed = ", ".join(f"{place.name} (stage {place.stage})" for place in places)
-        return f"{asked} leaves none of the {len(places)} sites that {name} has at {at!r}: {listed}. {UNCHANGED}"
+        left_out = "".join(f" No site in {one.name}: {one.reason}." for one in _named(skipped, where)[:3])
+        return (
+            f"{asked} leaves none of the {len(places)} sites that {name} has at {at!r}: {listed}.{left_out} {UNCHANGED}"
+        )
     reasons = "; ".join(dict.fromkeys(one.reason for one in skipped))
     counts = {place: len(survey.find(place)[0]) for place in PLACES if place not in (at, "layer")}
     others = ", ".join(f"{place!r} ({count})" for place, count in counts.items() if count)
