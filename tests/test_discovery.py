@@ -179,6 +179,72 @@ def test_networks_of_timm(name: str) -> None:
         assert torch.equal(attach(network, found)(x), expected)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet26", "mobilenetv2_050", "efficientnet_b0", "convnext_atto"])
+def test_blocks_on_maps_of_one_position(name: str) -> None:
+    network = timm.create_model(name).eval()
+    large, small = (plan(network, "se", at="block", example=torch.randn(2, 3, side, side)) for side in (96, 32))
+    assert [site.name for site in small] == [site.name for site in large]
+    assert small.sites[-1].size == (1, 1) and not small.skipped
+    large, small = (plan(network, "se", at="stage", example=torch.randn(2, 3, side, side)) for side in (96, 32))
+    assert [site.name for site in small][-1] == [site.name for site in large][-1]
+
+
+class TokenBlock(nn.Module):
+    """A block as in a transformer, without attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.mlp(self.norm(x))
+
+
+class Tokens(nn.Module):
+    """Two blocks of maps, or none, before two of tokens."""
+
+    def __init__(self, *maps: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.maps = nn.Conv2d(3, 8, 2, 2), nn.ModuleList(maps)
+        self.blocks = nn.ModuleList([TokenBlock(), TokenBlock()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in self.maps:
+            x = block(x)
+        x = x.flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x)
+        return x.mean(1)
+
+
+def test_blocks_of_tokens_are_listed() -> None:
+    x = torch.randn(2, 3, 16, 16)
+    for at in ("block", "stage"):
+        found = plan(Tokens(Written("torch.add"), Written("torch.add")), "se", at=at, example=x)
+        assert [site.name for site in found] == ["maps.0", "maps.1"][at == "stage" :]
+        reason = "a block of tokens, not of maps"
+        assert [(one.name, one.reason) for one in found.skipped] == [("blocks.0", reason), ("blocks.1", reason)]
+
+
+# residual sites, and sums of parallel convolutions
+FAMILIES = {
+    "repvit_m1": (26, 23),
+    "fastvit_t8": (10, 30),
+    "poolformer_s12": (24, 0),
+    "ghostnet_050": (16, 0),
+    # its branches are scaled by functions
+    "test_nfnet": (4, 0),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_with_linear_sums(name: str) -> None:
+    found = plan(timm.create_model(name).eval(), "se", example=torch.randn(1, 3, 64, 64))
+    linear = [one for one in found.skipped if one.reason.startswith("parallel convolutions")]
+    assert (len(found), len(linear)) == FAMILIES[name]
+
+
 def test_parallel_convolutions_are_no_residual_sums() -> None:
     network = timm.create_model("repvgg_a0").eval()
     found = sums(watch(network, torch.randn(1, 3, 64, 64)))

@@ -544,6 +544,40 @@ def drop_path_and_dropout_as_functions() -> nn.Module:
     return Written(forward, f=branch())
 
 
+# what may stand between the last layer of a branch and the sum: the gate before it is the gate behind it
+SCALES: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+    "a number": lambda m, y: y * 0.2,
+    "a number first": lambda m, y: 0.2 * y,
+    "a quotient": lambda m, y: y / 3,
+    "in place": lambda m, y: y.mul_(0.2),
+    "a learned number": lambda m, y: m.one * y,
+    "a function of a learned number": lambda m, y: torch.sigmoid(m.one) * y,
+    "a number for each channel": lambda m, y: y * m.each,
+    "a number for each channel of a vector": lambda m, y: y * m.each.view(1, -1, 1, 1),
+    "channels last": lambda m, y: (m.each.flatten() * y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous(),
+    "two scales": lambda m, y: m.one * (y * m.each) / 2,
+    "scale and drop path": lambda m, y: torchvision.ops.stochastic_depth(y * m.each, 0.3, "row", m.training),
+    "dropout and scale": lambda m, y: F.dropout(y, 0.2, m.training) * 0.2,
+    "one dimension and back": lambda m, y: (y.flatten(2) * m.one).unflatten(2, y.shape[2:]),
+}
+
+
+def scaled(scale: Callable[[Any, torch.Tensor], torch.Tensor]) -> nn.Module:
+    numbers = Written(lambda m, x: x)
+    numbers.one, numbers.each = nn.Parameter(torch.rand(1) + 0.5), nn.Parameter(torch.rand(C, 1, 1) + 0.5)
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        numbers.train(m.training)
+        return m.act(scale(numbers, m.f(x)) + x)
+
+    model = Written(forward, f=branch(), act=nn.ReLU(), numbers=numbers)
+    return model
+
+
+for name, scale in SCALES.items():
+    CASES[f"scaled: {name}"] = Case(functools.partial(scaled, scale), ["f.4"])
+
+
 class SqueezeExcite(nn.Module):
     """The network's own squeeze-and-excitation, by functions."""
 
@@ -1022,6 +1056,89 @@ def test_sums_without_a_site_are_listed_with_the_reason(name: str) -> None:
     found = plan(nn.Sequential(Block(), make()), "se", example=MAP)
     assert [site.name for site in found] == ["0.bn2"]
     assert any(one.name.startswith("1") for one in found.skipped)
+
+
+# what is no constant factor, or not of the branch alone
+NOT_SCALED: dict[str, tuple[Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor], str]] = {
+    "of the input": (lambda m, x, y: x + y * x.mean(), "mul"),
+    "for each position": (lambda m, x, y: x + y * m.places, "mul"),
+    "divided by": (lambda m, x, y: x + m.ones / y, "div"),
+    "a rounded quotient": (lambda m, x, y: x + torch.div(y, 0.1, rounding_mode="floor"), "div"),
+    "unscaled map used as well": (lambda m, x, y: x + y * 0.2 + y.mean(), "mul"),
+    "scaled map used as well": (lambda m, x, y: (lambda z: x + z + z.mean())(y * 0.2), "mul"),
+    "shifted": (lambda m, x, y: x + (y * 0.2 + 1), "add"),
+    "windows": (lambda m, x, y: x + y.unflatten(2, (2, -1)).transpose(1, 2).reshape(y.shape), "_unsafe_view"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_SCALED)
+def test_factors_that_do_not_commute_with_a_gate(name: str) -> None:
+    form, operator = NOT_SCALED[name]
+    places, ones = nn.Parameter(torch.rand(MAP.shape[2:])), nn.Parameter(torch.ones(1))
+    model = Written(lambda m, x: form(m, x, m.f(x)), f=branch(), places=places, ones=ones)
+    with pytest.raises(AttachError, match=rf"the branch ends in a function \({operator}\)"):
+        plan(model, "se", example=MAP)
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_a_gate_before_a_factor_is_the_gate_behind_it(name: str) -> None:
+    model = scaled(SCALES[name]).double().eval()
+    x = MAP.double()
+    attach(model, "cbam", example=x)
+    ((_, wrapper),) = attached(model)
+    nn.init.constant_(wrapper.attention.strength, 0.7)
+    branch = model.f(x)
+    plain = detach(model).f(x)
+    gate = branch / plain
+    # the gate of the unscaled map, times what the network would have added without a gate
+    added = SCALES[name](model.numbers, plain.clone())
+    gated = attach(model, "cbam", example=x)
+    ((_, again),) = attached(gated)
+    again.attention.load_state_dict(wrapper.attention.state_dict())
+    torch.testing.assert_close(gated(x), F.relu(added * gate + x))
+
+
+# sums of linear functions of one map: parallel convolutions, which libraries merge into one
+LINEAR: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+    "convolution": lambda m, x: x + m.conv(x),
+    "two convolutions": lambda m, x: m.conv(x) + m.point(x) + x,
+    "norm": lambda m, x: x + m.norm(m.conv(x)),
+    "mixer less norm": lambda m, x: x + m.scale * (m.conv(x) - m.norm(x)),
+    "average": lambda m, x: x + (F.avg_pool2d(x, 3, 1, 1) - x),
+    "two in a row": lambda m, x: m.point(m.norm(m.conv(x))) / 2 + x,
+    "padded and shifted": lambda m, x: x + m.conv(F.pad(x.roll(1, 2), (1, 1, 1, 1)))[:, :, 1:-1, 1:-1],
+}
+NONLINEAR: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+    "activation": lambda m, x: m.conv(F.relu(x)),
+    "layer norm": lambda m, x: m.conv(F.layer_norm(x, x.shape[1:])),
+    "group norm": lambda m, x: m.conv(F.group_norm(x, 2)),
+    "instance norm": lambda m, x: m.conv(F.instance_norm(x, weight=m.scale.flatten(), bias=m.scale.flatten())),
+    "batch norm of the batch's statistics": lambda m, x: m.conv(F.batch_norm(x, None, None, training=True)),
+    "softmax": lambda m, x: m.conv(x.softmax(1)),
+    "product": lambda m, x: m.conv(m.point(x) * x),
+    "quotient": lambda m, x: m.conv(m.scale / (x + 9)),
+    "maximum": lambda m, x: m.conv(F.max_pool2d(x, 3, 1, 1)),
+    "another activation": lambda m, x: m.conv(torch.sin(x)),
+    "dynamic convolution": lambda m, x: m.conv(F.conv2d(x, x.mean((0, 2, 3)).expand(C, C)[..., None, None])),
+}
+
+
+def linear_layers() -> dict[str, Any]:
+    convolutions = {"conv": nn.Conv2d(C, C, 3, padding=1), "point": nn.Conv2d(C, C, 1)}
+    return {**convolutions, "norm": nn.BatchNorm2d(C), "scale": nn.Parameter(torch.rand(C, 1, 1) + 0.5)}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_sums_are_parallel_convolutions(name: str) -> None:
+    found = plan(nn.Sequential(Block(), Written(LINEAR[name], **linear_layers())), "se", example=MAP)
+    assert [site.name for site in found] == ["0.bn2"]
+    assert [(one.name, one.reason.split(":")[0]) for one in found.skipped] == [("1", "parallel convolutions")]
+
+
+@pytest.mark.parametrize("name", NONLINEAR)
+def test_what_is_not_linear_makes_a_sum_residual(name: str) -> None:
+    model = Written(lambda m, x: x + NONLINEAR[name](m, x), **linear_layers())
+    assert [site.name for site in plan(model, "se", example=MAP)] == ["conv"]
 
 
 def test_noise_is_no_branch() -> None:

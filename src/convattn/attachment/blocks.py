@@ -1,6 +1,7 @@
 """The repeated blocks of a network, and the stages that they form."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate, groupby, pairwise
@@ -140,6 +141,17 @@ def _with_plain_part(maps: Maps, blocks: list[Block], plain: bool) -> list[Block
     return [*before, *blocks] if plain or any(prod(maps.size(unit.end)) < smallest for unit in before) else blocks
 
 
+def of_tokens(maps: Maps, blocks: list[Block]) -> list[str]:
+    """The names of the repeated blocks outside of the others that give tokens, which are no maps."""
+
+    def gives_tokens(value: Value) -> bool:
+        return len(value.shape) > 2 and maps.seen.is_data(value) and not maps.is_map(value)
+
+    found = _innermost(_repeated(_candidates(maps, gives_tokens), "wide_layers"))
+    apart = [one for one in found if all(one.call.last <= each.first or each.last <= one.call.first for each in blocks)]
+    return list(dict.fromkeys(one.call.name for one in apart if not one.plain))
+
+
 def stage_ends(maps: Maps, sums: list[Sum], blocks: list[Block]) -> list[Value]:
     """The maps with which the stages of a network end.
 
@@ -191,7 +203,8 @@ def _end(maps: Maps, last: Value, limit: int, last_use: dict[int, int]) -> Value
     return last
 
 
-def _candidates(maps: Maps) -> list[_Candidate]:
+def _candidates(maps: Maps, gives: Callable[[Value], bool] | None = None) -> list[_Candidate]:
+    """The calls that give a map, or a value of which `gives` is true."""
     values = maps.seen.values
     # how many of the values up to each one were given by weights, and are maps and not pooled
     layers = list(accumulate((_is_weighted_map(maps, value) for value in values), initial=0))
@@ -203,7 +216,7 @@ def _candidates(maps: Maps) -> list[_Candidate]:
     found = []
     for call in maps.calls:
         layer = layer_of(call.module)
-        given = [values[index] for index in call.outputs if maps.is_map(values[index])]
+        given = [values[index] for index in call.outputs if (gives or maps.is_map)(values[index])]
         kind = _kind(layer)
         if given and kind:
             end = max(given, key=lambda value: value.ancestors.bit_count())

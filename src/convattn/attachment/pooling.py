@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from convattn.attachment.blocks import Block
 from convattn.attachment.maps import LAYOUT, Maps
 from convattn.attachment.sums import ACTIVATIONS, WEIGHTED
 from convattn.attachment.wrapper import Functions
@@ -81,13 +82,30 @@ def _passages(maps: Maps, output: Value) -> list[Value]:
 
 def last_map(maps: Maps, pooled: Value) -> Value | None:
     """The last map before a pooling that a layer gives and through which everything goes."""
-    value = pooled
-    while value.index not in maps.by_output or not maps.is_map(value):
-        data = [maps.seen.values[index] for index in value.inputs if maps.seen.is_data(maps.seen.values[index])]
-        if len(data) != 1:
-            return None
-        value = data[0]
+    value: Value | None = pooled
+    while value is not None and (value.index not in maps.by_output or not maps.is_map(value)):
+        value = _only_input(maps, value)
     return value
+
+
+def _only_input(maps: Maps, value: Value) -> Value | None:
+    data = [maps.seen.values[index] for index in value.inputs if maps.seen.is_data(maps.seen.values[index])]
+    return data[0] if len(data) == 1 else None
+
+
+def before_output(maps: Maps, blocks: list[Block]) -> Value | None:
+    """The last map before a convolution that makes the output of a network and is in none of its blocks.
+
+    So it is where the output is one map, as in segmentation.
+    """
+    if len(maps.output) != 1 or not maps.is_map(output := maps.seen.values[maps.output[0]]):
+        return None
+    needed = [value for value in maps.seen.values if output.ancestors >> value.index & 1 and maps.seen.is_data(value)]
+    last = next((value for value in reversed(needed) if value.operator.startswith(WEIGHTED)), None)
+    if last is None or last not in _passages(maps, output):
+        return None
+    source = None if any(block.first <= last.index < block.last for block in blocks) else _only_input(maps, last)
+    return None if source is None else last_map(maps, source)
 
 
 def _is_vector(value: Value) -> bool:

@@ -295,19 +295,31 @@ class Survey:
     def _blocks(self) -> Iterable[Found]:
         ends = [block.end for block in self.blocks]
         for block in self.blocks:
-            yield self._after(block.end, ends, _named(block.name), near=block.end.within)
+            yield self._after(block.end, ends, _named(block.name), near=block.name or block.end.within)
+        yield from self._token_blocks
 
     def _stages(self) -> Iterable[Found]:
         for end in self.stage_ends:
-            yield self._after(end, self.stage_ends, _outer_first, near=end.within)
+            yield self._after(end, self.stage_ends, self._outer_or_block(end), near=end.within)
+        yield from self._token_blocks
+
+    @cached_property
+    def _token_blocks(self) -> list[Skipped]:
+        return [Skipped(name, "a block of tokens, not of maps") for name in blocks.of_tokens(self.maps, self.blocks)]
 
     def _final(self) -> Iterable[Found]:
         pools = pooling.find(self.maps)
         end = pooling.last_map(self.maps, pools[-1].map) if pools else None
+        end = end or pooling.before_output(self.maps, self.blocks)
         if end is None and self.stage_ends:
             end = self.stage_ends[-1]
         if end is not None:
-            yield self._after(end, [end], _outer_first, near=end.within)
+            yield self._after(end, [end], self._outer_or_block(end), near=end.within)
+
+    def _outer_or_block(self, end: Value) -> Order:
+        """The outermost layer that computed a value, or before it a container that is a block."""
+        containers = {call.name for call in self.maps.by_output.get(end.index, []) if self.maps.is_container(call)}
+        return _named(next((block.name for block in self.blocks if block.end is end and block.name in containers), ""))
 
     def _layers(self) -> Iterable[Found]:
         for call in self.maps.calls:
