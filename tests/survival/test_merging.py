@@ -32,14 +32,14 @@ def randomised(name: str) -> nn.Module:
     "name, counts",
     [
         ("repvit_m0_9", {"residual": 26, "block": 20, "stage": 4}),
-        ("fastvit_t8", {"residual": 10, "residual-post": 20, "block": 10}),
+        ("fastvit_t8", {"residual": 10, "residual-post": 10, "block": 10}),
         ("ghostnetv3_050", {"residual": 2, "block": 16}),
         ("repghostnet_050", {"residual": 16, "block": 16}),
         ("shvit_s1", {"block": 22}),
         ("efficientvit_m0", {"residual": 38}),
         ("repvgg_a0", {"block": 21, "stage": 4}),
         ("mobileone_s0", {"stage": 4}),
-        ("efficientvim_m1", {"residual-post": 2}),
+        ("efficientvim_m1", {}),
         ("levit_conv_128s", {"residual": 20}),
     ],
 )
