@@ -51,7 +51,14 @@ def test_steps_of_the_readme(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(timm, "create_model", create_model)
     x = torch.randn(6, 3, 32, 32)
-    scope = {"copy": copy, "convattn": convattn, "timm": timm, "torch": torch, "train": train, "data": (x, torch.arange(6))}
+    scope = {
+        "copy": copy,
+        "convattn": convattn,
+        "timm": timm,
+        "torch": torch,
+        "train": train,
+        "data": (x, torch.arange(6)),
+    }
     done: list[str] = []
     for line in steps():
         # what is called, and what came of it

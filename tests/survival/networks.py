@@ -153,7 +153,7 @@ def plain(name: str) -> nn.Module:
 def with_attention(model: nn.Module, attention: str, at: str) -> nn.Module:
     """The network with attention that does something at every site."""
     torch.manual_seed(1)
-    options = {"where": "*.0*"} if at == "layer" else {}
+    options = {"where": "*0*"} if at == "layer" else {}
     attach(model, attention, at=at, example=images(), **options)
     return stronger(model)
 

@@ -202,6 +202,13 @@ def with_another_classifier(model: nn.Module) -> None:
 
 
 @in_place
+def without_a_child(model: nn.Module) -> None:
+    """The first part with attention in it deleted; the plain network keeps all."""
+    for name in sites(model)[:1]:
+        delattr(model, name.partition(".")[0])
+
+
+@in_place
 def with_hooks(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if ".attention" not in name and not name.endswith("convattn_inner"):
@@ -246,6 +253,7 @@ OPERATIONS = {
     "half": Operation(in_half, tolerance=1e-2, rounding=1e-3),
     "meta and back": Operation(moved),
     "hooks": Operation(with_hooks),
+    "deleting a child": Operation(without_a_child),
     "checkpointing": Operation(with_checkpoints),
     "functional_call": Operation(Functional),
     "SyncBatchNorm": Operation(nn.SyncBatchNorm.convert_sync_batchnorm),

@@ -141,22 +141,25 @@ def _as_function(maps: Maps, given: Value, vector: Value) -> Pool | None:
     source, functions = _activated(maps, given)
     width = prod(vector.shape[1:])
     giving = _giving(maps, given)
+    # the outermost: what is a leaf to a symbolic trace then holds the layer that takes the vector too, or neither
+    sources = _giving(maps, given, containers_last=False)
     if not functions and source is given and _is_mean_or_max(maps, given, vector) and giving:
         return Pool(given, giving, "map", width, "mean" if vector.operator in MEANS else "max")
     taking = _taking(maps, vector)
     if not giving or taking is None:
         return Pool(given, reason="it is pooled by a function, between layers that are called more than once")
-    return Pool(source, (taking,), "vector", width, sources=giving, functions=functions)
+    return Pool(source, (taking,), "vector", width, sources=sources, functions=functions)
 
 
 def _lies_between(value: Value, given: Value, vector: Value) -> bool:
     return value.depends_on(given) and (value is vector or vector.depends_on(value))
 
 
-def _giving(maps: Maps, value: Value) -> tuple[Call, ...]:
-    """The layers that give a value, the outermost first but containers last."""
+def _giving(maps: Maps, value: Value, *, containers_last: bool = True) -> tuple[Call, ...]:
+    """The layers that give a value, the outermost first, but containers last where a head is to stand on one."""
     calls = [one for one in maps.by_output[value.index] if one.alone and len(maps.calls_of(one.module)) == 1][::-1]
-    calls.sort(key=maps.is_container)
+    if containers_last:
+        calls.sort(key=maps.is_container)
     return tuple(calls)
 
 

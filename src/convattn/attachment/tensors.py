@@ -23,9 +23,9 @@ class LayerName(str):
         plain = self.plain()
         return plain + other if plain else other.removeprefix(".")
 
-    # the older sharding takes its own prefixes out of a name before it puts a key behind
-    def replace(self, *args: Any) -> str:
-        return self.plain().replace(*args)
+    def replace(self, old: str, new: str, count: Any = -1) -> str:
+        # FullyShardedDataParallel takes its own part out of a name before it puts a key behind
+        return (self.plain() if old.startswith("_fsdp") else str(self)).replace(old, new, count)
 
     def plain(self) -> str:
         """The name that the layer has in the plain network."""
