@@ -432,7 +432,7 @@ def test_shortcuts_without_a_place_are_listed() -> None:
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             x = self.one(torch.relu(x)) + self.pass_on(x)
-            return self.three(torch.cat([x, self.two(x)], 1)) + x
+            return self.three(torch.cat([x, torch.relu(self.two(x))], 1)) + x
 
     found = plan(Concatenating(), "se", at="shortcut", example=torch.randn(1, 4, 6, 6))
     assert [(site.name, site.side) for site in found] == [("pass_on", "after")]
