@@ -1,7 +1,6 @@
 """The feature maps of one forward pass: which values are maps, where their channels are, which layers gave them."""
 
 from collections import defaultdict
-from contextlib import suppress
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -10,12 +9,9 @@ from torch import nn
 
 from convattn.attachment.tensors import INNER
 from convattn.attachment.wrapper import ATTENTION, Attached, layer_of
-from convattn.errors import AttachError
-from convattn.networks.cut import example_for
+from convattn.networks.cut import watch_example
 from convattn.networks.watching import INPUT, Call, Value, Watched, watch
 
-# images of networks that do not say what they take, the cheapest first
-SIDES = (64, 224, 299)
 CONVOLUTION = "convolution"
 # operators whose result has its channels in the second dimension
 CHANNELS_FIRST = (CONVOLUTION, "batch_norm", "native_batch_norm", "_native_batch_norm", "native_group_norm", "upsample")
@@ -34,7 +30,7 @@ class Maps:
     """
 
     def __init__(self, model: nn.Module, example: Any) -> None:
-        self.seen = _without_attention(_watched(model) if example is None else watch(model, example))
+        self.seen = _without_attention(watch_example(model) if example is None else watch(model, example))
         self.output = self.seen.calls[-1].outputs
         self.calls = [call for call in self.seen.calls if call.name]
         self.by_output: dict[int, list[Call]] = defaultdict(list)
@@ -178,18 +174,6 @@ def _scales(maps: Maps, source: Value, value: Value) -> bool:
     axis, rank = maps.axis(source), len(source.shape)
     factors = [maps.seen.values[index].shape for index in value.inputs if index != source.index]
     return all(n == 1 or rank - len(shape) + k == axis for shape in factors for k, n in enumerate(shape))
-
-
-def _watched(model: nn.Module) -> Watched:
-    """A forward pass on random images of a size that the network takes."""
-    first, *others = [None] if getattr(model, "input_size", None) else SIDES
-    try:
-        return watch(model, example_for(model, side=first))
-    except AttachError:
-        for side in others:
-            with suppress(AttachError):
-                return watch(model, example_for(model, side=side))
-        raise
 
 
 def _without_attention(seen: Watched) -> Watched:

@@ -129,7 +129,7 @@ def plan(
             - `layer`: after each layer that `where` names
             - `pool`: where heads stand, beside the global pooling; heads need no `at`
         example: an input: a tensor, or a tuple or dict of arguments; by default two random images of the size that the
-            network was made for, or 64 pixels.
+            network names, or of the first one that it takes of some usual sizes, from 64 pixels.
         where: only some of these sites: a glob (`"layer4*"`), a list of names or globs, each of a site or of a module
             around it, or a predicate over (name, layer).
         stages: only sites in stages of these numbers, from 1.

@@ -318,7 +318,8 @@ def sites(
     ] = None,
     stages: Annotated[str | None, typer.Option(help="Only these stages: numbers from 1, separated by commas.")] = None,
     image_size: Annotated[
-        int | None, typer.Option(help="Side of the images in pixels.", show_default="the network's, or 64")
+        int | None,
+        typer.Option(help="Side of the images in pixels.", show_default="the network's own, or one that it takes"),
     ] = None,
 ) -> None:
     """List where attention would stand in a network, what it would add, and where it cannot stand, with the reasons.
@@ -341,7 +342,7 @@ def sites(
         at=at,
         where=None if where is None else where.split(","),
         stages=numbers,
-        example=example_for(model, side=image_size),
+        example=None if image_size is None else example_for(model, side=image_size),
     )
     sys.stdout.write(f"{found}\n")
 
