@@ -115,7 +115,8 @@ class Survey:
 
     @cached_property
     def stage_ends(self) -> list[Value]:
-        return blocks.stage_ends(self.maps, self.residual_sums, self.blocks)
+        ends = blocks.stage_ends(self.maps, self.residual_sums, self.blocks)
+        return [self._end_of_unit(end) for end in ends]
 
     @cached_property
     def branches(self) -> list[tuple[Sum, Value]]:
@@ -274,6 +275,16 @@ class Survey:
     def _stages(self) -> Iterable[Found]:
         for end in self.stage_ends:
             yield self._after(end, self.stage_ends, _outer_first, near=end.within)
+
+    def _end_of_unit(self, value: Value) -> Value:
+        """The map that a unit gives, for a map of the same kind inside of it."""
+        around = [call for call in self.maps.calls if call.first <= value.index < call.last and call.y is not None]
+        for call in reversed(around):
+            end = self.maps.seen.values[call.y or 0]
+            alike = self.maps.is_map(end) and self.maps.kind(end) == self.maps.kind(value)
+            if alike and units.is_unit(type(layer_of(call.module))):  # type: ignore[arg-type]
+                return end
+        return value
 
     def _final(self) -> Iterable[Found]:
         pools = pooling.find(self.maps)
