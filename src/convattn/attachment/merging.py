@@ -8,9 +8,11 @@ import sys
 
 from convattn.errors import AttachError
 
+# of a unit whose layers somebody else merges, who then sets this as its forward
+FORWARD = re.compile(r"(forward_?fuse|fuse_?forward|forward_?deploy|forward_?reparam)\w*")
 # as methods of layers, called without arguments
 METHODS = re.compile(
-    r"(fuse|merge|reparam|re_param|rep_param|structural_reparam|switch_to_deploy|convert_to_deploy|to_deploy|deploy|"
+    r"(?!\w*forward)(fuse|merge|reparam|re_param|rep_param|structural_reparam|switch_to_deploy|convert_to_deploy|to_deploy|deploy|"
     r"absorb|get_equivalent_kernel|get_kernel_bias)\w*"
 )
 # as functions that read the weights of layers

@@ -118,7 +118,7 @@ class Survey:
     @cached_property
     def stage_ends(self) -> list[Value]:
         sums = [one for one in self.sums if one.shortcut is not None and self.maps.is_map(one.value)]
-        return blocks.stage_ends(self.maps, sums, self.blocks)
+        return [self._end_of_unit(end) for end in blocks.stage_ends(self.maps, sums, self.blocks)]
 
     @cached_property
     def branches(self) -> list[tuple[Sum, Value]]:
@@ -306,6 +306,16 @@ class Survey:
     @cached_property
     def _token_blocks(self) -> list[Skipped]:
         return [Skipped(name, "a block of tokens, not of maps") for name in blocks.of_tokens(self.maps, self.blocks)]
+
+    def _end_of_unit(self, value: Value) -> Value:
+        """The map that a unit gives, for a map of the same kind inside of it."""
+        around = [call for call in self.maps.calls if call.first <= value.index < call.last and call.y is not None]
+        for call in reversed(around):
+            end = self.maps.seen.values[call.y or 0]
+            alike = self.maps.is_map(end) and self.maps.kind(end) == self.maps.kind(value)
+            if alike and units.is_unit(type(layer_of(call.module))):  # type: ignore[arg-type]
+                return end
+        return value
 
     def _final(self) -> Iterable[Found]:
         pools = pooling.find(self.maps)

@@ -7,7 +7,6 @@ gate there: only if the copy computes the same before and after, gate included, 
 import copy
 import dis
 import inspect
-import re
 import types
 import warnings
 from collections.abc import Iterator
@@ -20,8 +19,6 @@ from torch import nn
 from convattn.attachment import merging
 from convattn.attachment.wrapper import Attached, AttachedBefore, layer_of
 
-# of a unit whose layers somebody else merges, who then sets this as its forward
-FORWARD = re.compile(r"(forward_?fuse|fuse_?forward|forward_?deploy|forward_?reparam)\w*")
 # a method that goes through modules merges what these say, and is that of a network and not of a unit
 WALKS = frozenset(("modules", "named_modules", "children", "named_children"))
 USUAL = ("fuse", "reparameterize", "switch_to_deploy")
@@ -41,7 +38,7 @@ def above(model: nn.Module, name: str) -> list[str]:
 @lru_cache(maxsize=4096)
 def is_unit(kind: Any) -> bool:
     """Whether a class of layers is merged into one by a method of its own, or by its network."""
-    return bool(_methods(kind)) or any(FORWARD.fullmatch(name) for name in dir(kind))
+    return bool(_methods(kind)) or any(merging.FORWARD.fullmatch(name) for name in dir(kind))
 
 
 @lru_cache(maxsize=4096)
@@ -60,8 +57,16 @@ def _merges(method: Any) -> bool:
     except (TypeError, ValueError):
         return False
     optional = all(one.default is not one.empty or one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in others)
+    return optional and not any(WALKS.intersection(_called(code)) for code in _codes(function))
+
+
+def _codes(function: Any) -> Iterator[types.CodeType]:
+    """The code of a function, and of the functions of its file and those imported there that it names."""
     code = getattr(function, "__code__", None)
-    return optional and not (code is not None and WALKS.intersection(_called(code)))
+    if code is not None:
+        yield code
+        named = (function.__globals__.get(name) for name in code.co_names)
+        yield from (one.__code__ for one in named if isinstance(one, types.FunctionType))
 
 
 def _called(code: types.CodeType) -> Iterator[str]:
@@ -85,6 +90,10 @@ def outlives(unit: nn.Module, path: str, shape: tuple[int, ...], *, before: bool
         before: whether the gate stands on the layer's input.
         channels_last: whether the layer's maps have their channels in the last dimension.
     """
+    around = [unit, *(unit.get_submodule(name) for name in above(unit, path))]
+    if not all(_methods(type(layer_of(one))) for one in around):  # type: ignore[arg-type]
+        # merged by whoever goes through the network: by which layers is not known
+        return False
     if any(one.is_meta for one in (*unit.parameters(), *unit.buffers())):
         return False
     try:
