@@ -164,7 +164,7 @@ class Block(nn.Module):
         self.norm = nn.BatchNorm2d(channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.norm(self.first(x))  # type: ignore[no-any-return]
+        return x + self.norm(torch.relu(self.first(x)))  # type: ignore[no-any-return]
 
 
 def deploy_all(model: nn.Module) -> None:

@@ -431,8 +431,8 @@ def test_shortcuts_without_a_place_are_listed() -> None:
             self.two, self.three = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(8, 4, 1)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = self.one(torch.relu(x)) + self.pass_on(x)
-            return self.three(torch.cat([x, torch.relu(self.two(x))], 1)) + x
+            x = self.one(x) + self.pass_on(x)
+            return self.three(torch.cat([x, self.two(x)], 1)) + x
 
     found = plan(Concatenating(), "se", at="shortcut", example=torch.randn(1, 4, 6, 6))
     assert [(site.name, site.side) for site in found] == [("pass_on", "after")]
@@ -1433,7 +1433,7 @@ class Pooled(nn.Module):
 
     def body(self, x: torch.Tensor) -> torch.Tensor:
         x = self.stem(x)
-        x = self.act(x + self.norm(self.conv(torch.relu(x))))
+        x = self.act(x + self.norm(self.conv(x)))
         return self.last(x.movedim(1, -1)) if self.form.last else x
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -1508,7 +1508,7 @@ def test_a_head_blends_with_the_pooling_of_the_network(form: str, head: str) -> 
         ((_, gate),) = gates
         nn.init.constant_(gate.attention.strength, 0.8)
         stem = original.stem(x)
-        act = original.act(stem + gate.attention(original.norm(original.conv(torch.relu(stem)))))
+        act = original.act(stem + gate.attention(original.norm(original.conv(stem))))
         y = original.last(act.movedim(1, -1)) if one.last else act
         y = y if one.activation is None else one.activation(y)
         y = y.movedim(-1, 1) if one.last else y

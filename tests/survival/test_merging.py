@@ -36,7 +36,7 @@ def randomised(name: str) -> nn.Module:
         ("ghostnetv3_050", {"residual": 2, "block": 16}),
         ("repghostnet_050", {"residual": 16, "block": 16}),
         ("shvit_s1", {}),
-        ("efficientvit_m0", {"residual": 22}),
+        ("efficientvit_m0", {"residual": 38}),
         ("repvgg_a0", {"block": 22}),
         ("mobileone_s0", {"stage": 5}),
         ("efficientvim_m1", {}),

@@ -130,7 +130,10 @@ def _judged(seen: Watched, value: Value, operands: tuple[Value, ...]) -> Sum:
     if sources:
         # the first of several is what the others were computed from
         shortcut = min(sources, key=lambda one: one.index)
-        linear = all(_is_linear(seen, one.ancestors & ~common) for one in operands if one is not shortcut)
+        branches = [one.ancestors & ~common for one in operands if one is not shortcut]
+        # one chain of layers is a branch all the same
+        parallel = len(branches) > 1 or any(_adds_paths(seen, one) for one in branches)
+        linear = parallel and all(_is_linear(seen, one) for one in branches)
         return Sum(value, operands, shortcut, LINEAR_BRANCH if linear else "")
     weights = {one.index: _count(paths[one.index], WEIGHTED) for one in operands}
     bends = {one.index: _count(paths[one.index], NONLINEAR) for one in operands}
@@ -161,6 +164,12 @@ def _outside(one: Sum, every: list[Sum]) -> Sum:
 def _is_linear(seen: Watched, ancestors: int) -> bool:
     """Whether none of some values is a non-linear function of the network's input."""
     return all(_is_linear_step(seen, value) for value in _data(seen, ancestors))
+
+
+def _adds_paths(seen: Watched, ancestors: int) -> bool:
+    """Whether some values are the sum or the difference of two that depend on the network's input."""
+    sums = (one for one in _data(seen, ancestors) if one.operator.rstrip("_") in ("add", "sub"))
+    return any(sum(seen.is_data(seen.values[index]) for index in one.inputs) > 1 for one in sums)
 
 
 def _is_linear_step(seen: Watched, value: Value) -> bool:
