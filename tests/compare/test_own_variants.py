@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def options(variants: Any, **given: Any) -> Any:
         ([convattn.nn.SqueezeExcite, "cbam"], ["se", "cbam"], [], []),
         ({"mine": convattn.nn.SqueezeExcite}, ["mine"], ["mine"], []),
     ],
-    ids=str,
+    ids=lambda one: re.sub(r" at 0x\w+", "", str(one)),
 )
 def test_what_variants_may_be(variants: Any, names: list[str], modules: list[str], builds: list[str]) -> None:
     found = options(variants)

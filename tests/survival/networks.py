@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 import torchvision
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 from convattn import attach
 from convattn.attachment import attached
@@ -138,16 +139,19 @@ def images(count: int = 2) -> torch.Tensor:
 
 
 def plain(name: str) -> nn.Module:
-    """A network in eval mode with random statistics, so that nothing is hidden by a 0 or a 1."""
-    model = BUILDERS[name]().eval()
+    """A network in eval mode, whose norms have random weights and statistics near those of its maps."""
+    model = BUILDERS[name]()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.weight.uniform_(0.8, 1.2)
-                module.bias.normal_(std=0.1)
-                module.running_mean.normal_(std=0.1)
-                module.running_var.uniform_(0.8, 1.2)
-    return model
+        for norm in norms:
+            norm.weight.uniform_(0.8, 1.2)
+            norm.bias.normal_(std=0.1)
+        # of other statistics nothing would be left of the image at the end
+        update_bn([images(8)], model)
+        for norm in norms:
+            norm.running_mean += 0.1 * norm.running_var.sqrt() * torch.randn_like(norm.running_mean)
+            norm.running_var *= torch.empty_like(norm.running_var).uniform_(0.8, 1.2)
+    return model.eval()
 
 
 def with_attention(model: nn.Module, attention: str, at: str) -> nn.Module:
