@@ -325,3 +325,41 @@ def test_networks_of_a_library(name: str) -> None:
     # the way up ends in stages too
     *_, stage = plan(model, "se", at="stage", example=x)
     assert stage.name.startswith("decoder") and stage.size == last.size
+
+
+class Scaled(nn.Module):
+    """A block as in EDSR."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.body(x).mul(0.1)
+        y += x
+        return y
+
+
+class Enlarged(nn.Module):
+    """A network that enlarges images; its ends are like parts of its blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+        self.body = nn.Sequential(Scaled(), Scaled(), nn.Conv2d(8, 8, 3, padding=1))
+        self.tail = nn.Sequential(nn.Conv2d(8, 32, 3, padding=1), nn.PixelShuffle(2), nn.Conv2d(8, 3, 3, padding=1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.head(x)
+        return self.tail(self.body(x) + x)
+
+
+def test_blocks_of_a_network_that_enlarges() -> None:
+    places = {
+        "residual": ["body.0.body.2", "body.1.body.2", "body.2"],
+        "block": ["body.0", "body.1"],
+        "final": ["tail.1"],
+    }
+    for at, expected in places.items():
+        found = plan(Enlarged(), "se", at=at)
+        assert [site.name for site in found] == expected and not found.skipped

@@ -982,7 +982,7 @@ def test_a_gate_that_is_never_called(silent: bool) -> None:
             self.conv, self.skips = conv(), False
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x if self.skips else x + self.conv(x)
+            return x if self.skips else x + self.conv(torch.relu(x))
 
     model, x = (
         nn.Sequential(nn.Conv2d(3, 8, 3), Skipping(), Skipping(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),

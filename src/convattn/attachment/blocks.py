@@ -78,7 +78,7 @@ def find(maps: Maps, sums: list[Sum]) -> list[Block]:
             chosen = _innermost(_preferred(maps, repeated, sums))
             if not chosen or (plain and not _are_most(maps, chosen)):
                 continue
-            chosen += _beside(_repeated(candidates, "wide_layers"), chosen)
+            chosen += _beside(_repeated(candidates, "wide_layers"), chosen, sums)
             kinds = {one.kind for one in chosen}
             chosen += _outside([one for one in all_calls if not one.layers and one.kind in kinds], chosen)
             found = {one.end.index: one.block for one in chosen}
@@ -91,11 +91,16 @@ def _are_most(maps: Maps, chosen: list[_Candidate]) -> bool:
     return 2 * sum(one.layers for one in chosen) > sum(_is_weighted_map(maps, value) for value in maps.seen.values)
 
 
-def _beside(repeated: list[_Candidate], chosen: list[_Candidate]) -> list[_Candidate]:
-    """The blocks outside of those that were chosen; parts of these, such as a convolution with its norm, are none."""
+def _beside(repeated: list[_Candidate], chosen: list[_Candidate], sums: list[Sum]) -> list[_Candidate]:
+    """The blocks outside of those that were chosen.
+
+    What is a part of these, such as a convolution with its norm, is none, but at the top of a network without sums in
+    its blocks: the first block of an encoder may stand there alone.
+    """
     outside = _outside(repeated, chosen)
     parts = {one.kind for one in repeated if one not in outside and one not in chosen}
-    found = [one for one in outside if one.kind not in parts or one.at_top]
+    summing = any(one.call.first <= each.value.index < one.call.last for one in chosen for each in sums)
+    found = [one for one in outside if one.kind not in parts or (one.at_top and not summing)]
     return _innermost([one for one in found if not one.plain] or found)
 
 

@@ -125,7 +125,7 @@ def plan(
             - `shortcut`: on the shortcut, where that has a layer of its own
             - `block`: on the output of each repeated block
             - `stage`: at the end of each stage, before the resolution changes
-            - `final`: on the last map, the one that is pooled
+            - `final`: on the last map, the one that is pooled or that goes into the output convolution
             - `layer`: after each layer that `where` names
             - `pool`: where heads stand, beside the global pooling; heads need no `at`
         example: an input: a tensor, or a tuple or dict of arguments; by default two random images of the size that the
