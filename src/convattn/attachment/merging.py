@@ -12,11 +12,13 @@ from convattn.errors import AttachError
 FORWARD = re.compile(r"(forward_?fuse|fuse_?forward|forward_?deploy|forward_?reparam)\w*")
 # as methods of layers, called without arguments
 METHODS = re.compile(
-    r"(?!\w*forward)(fuse|merge|reparam|re_param|rep_param|structural_reparam|switch_to_deploy|convert_to_deploy|to_deploy|deploy|"
-    r"absorb|get_equivalent_kernel|get_kernel_bias)\w*"
+    r"(?!\w*forward)(fuse|merge|reparam|re_param|rep_param|structural_reparam|switch_to_deploy|convert_to_deploy|"
+    r"to_deploy|deploy|absorb|get_equivalent_kernel|get_kernel_bias)\w*"
 )
 # as functions that read the weights of layers
-FUNCTIONS = re.compile(r"\w*(fuse|fusion|merge|reparam|absorb|deploy|equivalent_kernel|kernel_bias|fold_)\w*")
+FUNCTIONS = re.compile(
+    r"(\w*_)?(fuse|fusion|merge|reparam|absorb|deploy|equivalent_kernel|kernel_bias|fold_(bn|norm|batch|conv))\w*"
+)
 
 
 def refuse_to_merge(site: str, tensor: str) -> None:
