@@ -159,7 +159,7 @@ class Update(OnMaps):
         if strength is not None:
             # so that strength 0 changes nothing where the sums of finite values overflowed either
             update = strength * torch.nan_to_num(update)
-        return update.to(x.dtype)
+        return update.type_as(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The map with what is added to it, of the shape, dtype and memory format of `x`."""
