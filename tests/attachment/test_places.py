@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import convattn
 from convattn import attach, detach, plan
 from convattn.attachment import AttachedHead, Blended, attached
-from convattn.attachment.sites import PLACES
+from convattn.attachment.sites import PLACES, Survey
 from convattn.attachment.wrapper import AttachedShortcut, AttachedSource
 from convattn.errors import AttachError, ConvattnError, InvalidOption
 from convattn.networks.cifar_resnet import CifarResNet
@@ -165,7 +165,8 @@ def mobile_timm(residual: list[str], final: str) -> dict[str, list[str]]:
         "residual": [f"{block}.bn3" for block in residual],
         "residual-pre": [f"{block}.conv_pw" for block in residual],
         "residual-post": residual,
-        "shortcut": [f"{block}.bn3" for block in residual],
+        # behind the layer that drops whole branches
+        "shortcut": [f"{block}.drop_path" for block in residual],
         "final": [final],
         "pool": ["global_pool"],
     }
@@ -222,14 +223,17 @@ NETWORKS: dict[str, dict[str, list[str]]] = {
         lambda block: f"{block}.block.{2 if block == 'features.3' else 3}.1",
         "avgpool",
     ),
-    "torchvision:efficientnet_b0": mobile_torchvision(
-        EFFICIENT,
-        EFFICIENT_RESIDUAL,
-        ["features.1.0", "features.2.1", "features.3.1", "features.5.2", "features.7.0"],
-        "block.0.0",
-        lambda block: f"{block}.block.3.1",
-        "avgpool",
-    ),
+    "torchvision:efficientnet_b0": {
+        **mobile_torchvision(
+            EFFICIENT,
+            EFFICIENT_RESIDUAL,
+            ["features.1.0", "features.2.1", "features.3.1", "features.5.2", "features.7.0"],
+            "block.0.0",
+            lambda block: f"{block}.block.3.1",
+            "avgpool",
+        ),
+        "shortcut": [f"{block}.stochastic_depth" for block in EFFICIENT_RESIDUAL],
+    },
     "timm:mobilenetv2_100": mobile_timm(
         [block for block in grid("blocks.{}.{}", (1, 2, 3, 4, 3, 3, 1)) if not block.endswith(".0")], "bn2"
     ),
@@ -253,7 +257,7 @@ NETWORKS: dict[str, dict[str, list[str]]] = {
         "residual": [f"{block}.conv3" for block in PREACTIVATION],
         # the projection takes the map after the first norm as well, so that the branch begins behind that
         "residual-pre": [f"{block}.{'conv1' if block.endswith('.0') else 'norm1'}" for block in PREACTIVATION],
-        "shortcut": [f"{block}.{'downsample' if block.endswith('.0') else 'conv3'}" for block in PREACTIVATION],
+        "shortcut": [f"{block}.{'downsample' if block.endswith('.0') else 'drop_path'}" for block in PREACTIVATION],
         "stage": [f"stages.{stage}" for stage in range(4)],
         "final": ["norm"],
         "pool": ["head.global_pool"],
@@ -270,8 +274,9 @@ NETWORKS: dict[str, dict[str, list[str]]] = {
     },
     "timm:repvgg_a0": {
         **NO_SUMS,
-        "block": REPVGG,
-        "stage": ends("stages.{}.{}", (2, 4, 14, 1)),
+        # the stem is of the same class, and a stage of its own in the paper
+        "block": ["stem", *REPVGG],
+        "stage": ["stem", *ends("stages.{}.{}", (2, 4, 14, 1))],
         "final": ["stages.3.0"],
         "pool": ["head.global_pool"],
     },
@@ -323,6 +328,13 @@ SUMMING = {
     "timm:resnetv2_50": PREACTIVATION,
     "timm:ese_vovnet39b": ["stages.2.blocks.1", "stages.3.blocks.1"],
 }
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_sites_of_published_networks(network: str) -> None:
+    survey = Survey(created(network), example(network))
+    for at, expected in NETWORKS[network].items():
+        assert [place.name for place in survey.find(at)[0]] == expected, at
 
 
 @pytest.mark.parametrize("network", BLOCKS)
