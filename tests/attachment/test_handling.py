@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.ao.quantization import fuse_modules
 from torch.nn.utils import fuse_conv_bn_eval
 
 from convattn import attach, plan
@@ -208,3 +209,24 @@ def test_a_network_inside_of_another_one_is_no_unit() -> None:
     model.model.convert_to_deploy()  # type: ignore[operator,union-attr]
     assert len(attached(model)) == 2
     assert_close(model(x), expected)
+
+
+def test_fuse_modules_merges_inside_of_a_block_and_refuses_a_layer_with_a_gate() -> None:
+    x = torch.randn(2, 3, 16, 16)
+    pair = ["blocks.0.first.wide", "blocks.0.norm"]
+    model = moved(attach(randomised(Backbone()), "se", example=x))
+    expected, before = model(x), copy.deepcopy(model.state_dict())
+    with pytest.raises(AttachError, match=r"fuse_modules cannot merge 'blocks\.0\.norm'.*Nothing was merged there"):
+        fuse_modules(model, pair, inplace=True)
+    assert list(model.state_dict()) == list(before)
+    assert torch.equal(model(x), expected)
+
+
+def test_fuse_modules_keeps_the_gate_of_the_block() -> None:
+    x = torch.randn(2, 3, 32, 32)
+    model = moved(attach(detector(), "se", at="block", example=x))
+    expected = model(x)
+    merged = fuse_modules(model, [[f"1.m.0.{unit}.conv", f"1.m.0.{unit}.bn"] for unit in ("cv1", "cv2")])
+    assert len(attached(merged)) == len(attached(model)) == 4
+    assert isinstance(merged.get_submodule("1.m.0.cv1.bn"), nn.Identity)
+    assert_close(merged(x), expected)

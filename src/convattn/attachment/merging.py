@@ -48,14 +48,31 @@ def refuse_weights(site: str, method: str) -> None:
     )
 
 
-def refuse_to_parametrize(site: str) -> None:
-    """Refuse to register a parametrization at a wrapper: it would change the wrapper's class, and take its tensor.
+def refuse_by_class(site: str) -> None:
+    """Refuse functions of PyTorch that look at the class of a layer, and would take or change that of the wrapper.
 
     Raises:
-        AttachError: `torch.nn.utils.parametrize` is asked to do that.
+        AttachError: one of them asks whether the wrapper is parametrized.
     """
-    if sys._getframe(3).f_code.co_name == "register_parametrization":
+    names = _callers(6)
+    if "register_parametrization" in names[:3]:
         raise AttachError(
             f"{site!r} has attention: register the parametrization at the layer itself, "
             f"model.get_submodule({site!r}).inner. The model was not changed."
         )
+    if "fuse_known_modules" in names:
+        raise AttachError(
+            f"fuse_modules cannot merge {site!r}, which has attention, with another layer: convattn.detach or "
+            f"convattn.fold the network first, or attach at='block', whose layers can be merged. Nothing was merged "
+            f"there."
+        )
+
+
+def _callers(number: int) -> list[str]:
+    """The names of the functions that called the one which asks, the nearest first."""
+    names: list[str] = []
+    frame = sys._getframe(1).f_back
+    while frame is not None and len(names) < number:
+        names.append(frame.f_code.co_name)
+        frame = frame.f_back
+    return names

@@ -178,7 +178,7 @@ class Attached(nn.Module):
         if buffers.has(name):
             return buffers[name]
         if name == "parametrizations" and not is_compiling() and not hasattr(inner, name):
-            merging.refuse_to_parametrize(getattr(self.convattn_site, "name", type(inner).__name__))
+            merging.refuse_by_class(getattr(self.convattn_site, "name", type(inner).__name__))
         own = {"inner": inner, "site": self.__dict__.get("convattn_site")}
         value = getattr(inner, name, own[name]) if name in own else getattr(inner, name)
         if is_compiling():
