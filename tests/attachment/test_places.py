@@ -151,7 +151,8 @@ def mobile_torchvision(
         "residual": [last(block) for block in residual],
         "residual-pre": [f"{block}.{first}" for block in residual],
         "residual-post": residual,
-        "shortcut": [last(block) for block in residual],
+        # the layer that is the whole branch
+        "shortcut": [f"{block}.{first.partition('.')[0]}" for block in residual],
         "block": blocks,
         "stage": stages,
         # a convolution, its norm and its activation
