@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 from torch.ao.quantization import fuse_modules
-from torch.nn.utils import fuse_conv_bn_eval
+from torch.nn.utils import fuse_conv_bn_eval, parametrize, prune
+from torch.nn.utils.parametrizations import weight_norm
 
-from convattn import attach, plan
+from convattn import attach, networks, plan
 from convattn.attachment import attached
 from convattn.errors import AttachError
 from tolerances import assert_close
@@ -230,3 +231,71 @@ def test_fuse_modules_keeps_the_gate_of_the_block() -> None:
     assert len(attached(merged)) == len(attached(model)) == 4
     assert isinstance(merged.get_submodule("1.m.0.cv1.bn"), nn.Identity)
     assert_close(merged(x), expected)
+
+
+# a place at which norms are wrapped, and one at which convolutions are
+PLACES = ("residual", "residual-pre")
+
+
+def weights_and_biases(model: nn.Module) -> list[list[nn.Parameter]]:
+    """Groups for an optimizer as many training scripts make them: by what a module has, and not by its class alone."""
+    norms, weights, biases = groups = [], [], []  # type: tuple[list[nn.Parameter], ...]
+    for module in model.modules():
+        if hasattr(module, "bias") and isinstance(module.bias, nn.Parameter):
+            biases.append(module.bias)
+        if isinstance(module, nn.BatchNorm2d):
+            norms.append(module.weight)
+        elif hasattr(module, "weight") and isinstance(module.weight, nn.Parameter):
+            weights.append(module.weight)
+    return list(groups)
+
+
+@pytest.mark.parametrize("at", PLACES)
+def test_each_tensor_is_found_once_by_who_asks_modules_for_it(at: str) -> None:
+    model = attach(networks.resnet20(), "se", at=at)
+    groups = weights_and_biases(model)
+    strengths = [one for name, one in model.named_parameters() if name.endswith("strength")]
+    assert {id(one) for group in groups for one in group} | set(map(id, strengths)) == set(map(id, model.parameters()))
+    assert sum(map(len, groups)) + len(strengths) == len(list(model.parameters()))
+    # torch warns of what is twice in one group, and raises where it is in two
+    torch.optim.SGD([{"params": group} for group in groups], lr=0.1)
+    name, wrapper = attached(model)[0]
+    assert wrapper.weight is wrapper.inner.weight
+    assert model.get_submodule(name).weight is wrapper.inner.weight
+
+
+@pytest.mark.parametrize("at", PLACES)
+def test_a_walk_that_was_left_early_leaves_no_trace(at: str) -> None:
+    model = attach(networks.resnet20(), "se", at=at)
+    for _, module in model.named_modules():
+        if module is attached(model)[0][1]:
+            assert not hasattr(module, "weight")
+            break
+    assert hasattr(module, "weight")
+
+
+@pytest.mark.parametrize("at", PLACES)
+def test_pruning_what_has_a_weight_prunes_it_once(at: str) -> None:
+    model = attach(networks.resnet20(), "se", at=at)
+    for module in model.modules():
+        if hasattr(module, "weight") and isinstance(module.weight, nn.Parameter) and module.weight.dim() == 4:
+            prune.l1_unstructured(module, "weight", amount=0.5)
+    convolutions = [one for one in model.modules() if isinstance(one, nn.Conv2d)]
+    assert len(convolutions) >= 19
+    for one in convolutions:
+        assert one.weight_mask.mean().item() == 0.5
+
+
+@pytest.mark.parametrize("at", PLACES)
+def test_parametrizations_are_removed_wherever_there_are_some(at: str) -> None:
+    x = torch.randn(2, 3, 16, 16)
+    model = moved(attach(networks.resnet20().eval(), "se", at=at))
+    expected = model(x)
+    for module in list(model.modules()):
+        if isinstance(module, nn.Conv2d):
+            weight_norm(module)
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            parametrize.remove_parametrizations(module, "weight")
+    assert not any(parametrize.is_parametrized(one) for one in model.modules())
+    assert_close(model(x), expected)

@@ -25,6 +25,8 @@ from convattn.errors import AttachError
 from convattn.nn.base import Gate
 
 ATTENTION = "attention"
+# the wrappers at which walks over modules are at the moment
+VISITED: list[nn.Module] = []
 
 # operators of PyTorch, each with the arguments behind its first one and with its options
 Functions = tuple[tuple[str, tuple[Any, ...], tuple[tuple[str, Any], ...]], ...]
@@ -110,7 +112,7 @@ class Attached(nn.Module):
             return
         if remove_duplicate:
             memo.add(self)
-        yield prefix, self
+        yield from _visit(prefix, self)
         dot, layer = prefix + "." if prefix else "", layer_of(self)
         for name, module in layer.named_modules(memo, prefix, remove_duplicate):
             yield (LayerName(dot + INNER) if module is layer else name), module
@@ -177,14 +179,20 @@ class Attached(nn.Module):
         buffers = self.__dict__["_buffers"]
         if buffers.has(name):
             return buffers[name]
-        if name == "parametrizations" and not is_compiling() and not hasattr(inner, name):
+        if name == "parametrizations" and not is_compiling():
             merging.refuse_by_class(getattr(self.convattn_site, "name", type(inner).__name__))
+            # those of the layer are removed at the layer as well
+            raise AttributeError(f"{type(self).__name__!r} has no parametrizations, but its layer may have some.")
         own = {"inner": inner, "site": self.__dict__.get("convattn_site")}
         value = getattr(inner, name, own[name]) if name in own else getattr(inner, name)
         if is_compiling():
             return value
         if isinstance(value, torch.Tensor):
             merging.refuse_to_merge(getattr(self.convattn_site, "name", type(inner).__name__), name)
+            if any(one is self for one in VISITED):
+                raise AttributeError(
+                    f"{name!r} is that of the layer inside, to which this walk over modules comes next."
+                )
         elif merging.METHODS.fullmatch(name) and getattr(value, "__self__", None) is inner:
             return functools.partial(_merge_inside, self, name)
         return value
@@ -210,6 +218,21 @@ class Attached(nn.Module):
 
     def __contains__(self, key: Any) -> bool:
         return key in layer_of(self)  # type: ignore[operator]
+
+
+def _visit(prefix: str, wrapper: Attached) -> Iterator[tuple[str, nn.Module]]:
+    """A wrapper in a walk: until the walk goes on, it has no tensors, which are the layer's that comes next.
+
+    Whoever collects what has an attribute `weight` would find each tensor twice.
+    """
+    if is_compiling():
+        yield prefix, wrapper
+        return
+    VISITED.append(wrapper)
+    try:
+        yield prefix, wrapper
+    finally:
+        del VISITED[next(index for index, one in enumerate(VISITED) if one is wrapper)]
 
 
 def layer_of(module: nn.Module) -> nn.Module:
