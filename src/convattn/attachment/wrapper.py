@@ -25,11 +25,19 @@ from convattn.errors import AttachError
 from convattn.nn.base import Gate
 
 ATTENTION = "attention"
-# the wrappers at which walks over modules are at the moment
-VISITED: list[nn.Module] = []
 
 # operators of PyTorch, each with the arguments behind its first one and with its options
 Functions = tuple[tuple[str, tuple[Any, ...], tuple[tuple[str, Any], ...]], ...]
+
+
+class Walks(threading.local):
+    """The wrappers at which the walks of a thread over modules are at the moment."""
+
+    def __init__(self) -> None:
+        self.at: list[nn.Module] = []
+
+
+WALKS = Walks()
 
 
 class Attached(nn.Module):
@@ -189,7 +197,7 @@ class Attached(nn.Module):
             return value
         if isinstance(value, torch.Tensor):
             merging.refuse_to_merge(getattr(self.convattn_site, "name", type(inner).__name__), name)
-            if any(one is self for one in VISITED):
+            if any(one is self for one in WALKS.at):
                 raise AttributeError(
                     f"{name!r} is that of the layer inside, to which this walk over modules comes next."
                 )
@@ -228,11 +236,13 @@ def _visit(prefix: str, wrapper: Attached) -> Iterator[tuple[str, nn.Module]]:
     if is_compiling():
         yield prefix, wrapper
         return
-    VISITED.append(wrapper)
+    at = WALKS.at
+    at.append(wrapper)
     try:
         yield prefix, wrapper
     finally:
-        del VISITED[next(index for index, one in enumerate(VISITED) if one is wrapper)]
+        # of several walks at once, each takes back its own
+        at.remove(wrapper)
 
 
 def layer_of(module: nn.Module) -> nn.Module:
