@@ -250,7 +250,7 @@ OPERATIONS = {
     "torch.save": Operation(torch_saved),
     "average of weights": Operation(lambda model: AveragedModel(model)),
     "requires_grad_": Operation(lambda model: model.requires_grad_(False)),
-    "half": Operation(in_half, tolerance=1e-2, rounding=1e-3),
+    "half": Operation(in_half, tolerance=0.05, rounding=1e-3),
     "meta and back": Operation(moved),
     "hooks": Operation(with_hooks),
     "deleting a child": Operation(without_a_child),
