@@ -1,5 +1,7 @@
 """A symbolic trace of attention is the paper's mathematics on tensors, whatever counts as a leaf of it."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -129,3 +131,38 @@ def test_feature_extractor_gives_maps(at: str) -> None:
         )
     model(x)
     assert all(distance(features[key], one) < 1e-5 for key, one in maps.items()) and len(maps) == 3
+
+
+class Scaled(nn.Module):
+    """A layer that takes numbers beside its map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor, factor: float = 2.0, shift: int = 3) -> torch.Tensor:
+        return self.conv(x) * factor + shift
+
+
+class Scaling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.two = nn.Conv2d(3, 8, 3), Scaled(), Scaled()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        x = x + self.one(torch.relu(x), 0.5)
+        return x + self.two(torch.relu(x), shift=1)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
+def test_script_of_a_layer_that_takes_more_than_a_map() -> None:
+    model, x = Scaling().eval(), images()
+    networks.stronger(attach(model, "se", example=x))
+    y = model(x)
+    assert len(networks.sites(model)) == 2
+    assert distance(torch.jit.script(model)(x), y) < 1e-5
+    # the network is as it was, and can be copied
+    assert torch.equal(model(x), y) and len(networks.sites(model)) == 2
+    other = pickle.loads(pickle.dumps(model))
+    assert torch.equal(copy.deepcopy(other)(x), y) and len(networks.sites(other)) == 2

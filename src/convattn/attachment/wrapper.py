@@ -6,11 +6,14 @@ converting passes drop hooks silently; a child module and no subclass of the lay
 A walk over modules meets the wrapper, the layer, and each tensor at the layer alone.
 """
 
+import copy
 import functools
+import inspect
+import linecache
 import threading
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any, Final
+from typing import Any, Final, get_type_hints
 
 import torch
 from torch import nn
@@ -297,6 +300,44 @@ class AttachedMany(Attached):
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The layer's output, gated."""
         return self.convattn_gated(self.convattn_inner(*args, **kwargs))
+
+    def __prepare_scriptable__(self) -> "AttachedMany":
+        """The same with the arguments of the layer by name: a script knows no others."""
+        scripted = copy.copy(self)
+        scripted.__class__ = type("AttachedMany", (AttachedMany,), {"forward": _with_arguments_of(layer_of(self))})
+        return scripted
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # PyTorch puts what it scripts into the network, and copies know its class by name
+        return _many, (), vars(self)
+
+
+def _many() -> AttachedMany:
+    """A wrapper that is still to get its parts."""
+    return AttachedMany.__new__(AttachedMany)
+
+
+def _with_arguments_of(layer: nn.Module) -> Any:
+    """The forward of a wrapper with the arguments of a layer, their types and defaults, as a function with source."""
+    parameters = list(inspect.signature(layer.forward).parameters.values())
+    types = get_type_hints(layer.forward)
+    scope: dict[str, Any] = {"Tensor": torch.Tensor}
+    arguments = []
+    for one in parameters:
+        scope[f"type_{one.name}"] = types.get(one.name, torch.Tensor)
+        scope[f"default_{one.name}"] = one.default
+        default = "" if one.default is one.empty else f" = default_{one.name}"
+        arguments.append(f"{one.name}: type_{one.name}{default}")
+    names = ", ".join(one.name for one in parameters)
+    lines = [
+        f"def forward(self, {', '.join(arguments)}) -> Tensor:\n",
+        f"    return self.convattn_gated(self.convattn_inner({names}))\n",
+    ]
+    # TorchScript reads the source of what it compiles
+    file = f"<forward of a wrapped {type(layer).__name__} ({names})>"
+    linecache.cache[file] = (len("".join(lines)), None, lines, file)
+    exec(compile("".join(lines), file, "exec"), scope)
+    return scope["forward"]
 
 
 class AttachedBefore(Attached):
