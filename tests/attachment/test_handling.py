@@ -9,6 +9,7 @@ from torch import nn
 from torch.ao.quantization import fuse_modules
 from torch.nn.utils import fuse_conv_bn_eval, parametrize, prune
 from torch.nn.utils.parametrizations import weight_norm
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from convattn import attach, networks, plan
 from convattn.attachment import attached
@@ -299,3 +300,28 @@ def test_parametrizations_are_removed_wherever_there_are_some(at: str) -> None:
             parametrize.remove_parametrizations(module, "weight")
     assert not any(parametrize.is_parametrized(one) for one in model.modules())
     assert_close(model(x), expected)
+
+
+class Shared(nn.Module):
+    """One residual block that is called three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.block = Block(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for _ in range(3):
+            x = self.block(x)
+        return x
+
+
+def test_features_of_a_layer_that_is_called_three_times() -> None:
+    x = torch.randn(2, 3, 16, 16)
+    model = moved(attach(randomised(Shared()), "se", example=x))
+    assert [name for name, _ in attached(model)] == ["block.norm"]
+    _, nodes = get_graph_node_names(model)
+    assert len(set(nodes)) == len(nodes)
+    features = create_feature_extractor(model, [nodes[-1]])(x)
+    assert_close(features[nodes[-1]], model(x))

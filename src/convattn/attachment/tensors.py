@@ -20,6 +20,9 @@ class LayerName(str):
     """
 
     def __add__(self, other: str) -> str:
+        if not other.startswith("."):
+            # a number, as tracers put it behind the name of a layer that is called again
+            return str(self) + other
         plain = self.plain()
         return plain + other if plain else other.removeprefix(".")
 
