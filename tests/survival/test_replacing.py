@@ -185,6 +185,21 @@ def test_every_walk_meets_each_layer_and_each_tensor_once(attention: str) -> Non
     ]
 
 
+def test_names_that_scripts_put_together_are_those_of_the_tensors() -> None:
+    for at in ("residual", "block", "stage"):
+        model = attach(networks.plain("resnet20"), "cbam", at=at, example=images())
+        own = [
+            f"{name}.{key}"
+            for name, module in model.named_modules()
+            for key, _ in module.named_parameters(recurse=False)
+        ]
+        assert own == [name for name, _ in model.named_parameters()]
+        every = {
+            f"{name}.{key}" if name else key for name, one in model.named_modules() for key, _ in one.named_parameters()
+        }
+        assert every == {name for name, _ in model.named_parameters()}
+
+
 def test_a_counter_in_buffers_counts_each_layer_once() -> None:
     """As profilers do it that register a number at every module and add them up by children."""
     model, x = networks.plain("resnet20"), images(1)

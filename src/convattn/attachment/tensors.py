@@ -1,5 +1,6 @@
 """How a wrapper holds tensors: those of its layer by name, and none of them in a walk over modules."""
 
+import sys
 from typing import Any, TypeVar
 
 Value = TypeVar("Value")
@@ -11,12 +12,12 @@ INNER = "convattn_inner"
 class LayerName(str):
     """The name of a wrapped layer: a path to it, and for its tensors the name that it has in the plain network.
 
-    PyTorch names a tensor `name_of_the_module + "." + key`.
+    PyTorch names a tensor `name_of_the_module + "." + key`, and training scripts `f"{name_of_the_module}.{key}"`.
 
     Example:
         >>> name = LayerName("layer1.0.bn2.convattn_inner")
-        >>> name + "." + "weight"
-        'layer1.0.bn2.weight'
+        >>> name + "." + "weight", f"{name}.weight"
+        ('layer1.0.bn2.weight', 'layer1.0.bn2.weight')
     """
 
     def __add__(self, other: str) -> str:
@@ -25,6 +26,11 @@ class LayerName(str):
             return str(self) + other
         plain = self.plain()
         return plain + other if plain else other.removeprefix(".")
+
+    def __format__(self, spec: str) -> str:
+        # the tracers of torch and torchvision number the calls of a layer by its path
+        of_torch = str(sys._getframe(1).f_globals.get("__name__")).startswith("torch")
+        return format(str(self) if of_torch else self.plain(), spec)
 
     def replace(self, old: str, new: str, count: Any = -1) -> str:
         # FullyShardedDataParallel takes its own part out of a name before it puts a key behind
