@@ -124,7 +124,7 @@ def gated(
         if is_compiling():
             if _better_than_compiled(x, gates) and _alike(x, gates):
                 return operators.call(x, gates, strength, shortcut)
-        elif (backend := choice(x)) != REFERENCE and _alike(x, gates):
+        elif (backend := choice(x)) != REFERENCE and _are_read(gates, strength) and _alike(x, gates):
             return fused.gated(_PLACES[backend].Kernels, x, gates, strength, shortcut)
     return reference.gated(x, pools, channel, spatial, strength, parallel, dimensions, shortcut), None
 
@@ -143,7 +143,11 @@ def normed(
         The gated map, and mean and biased variance of the logits of the spatial gate (2) and of the norm's input
         (2, C), each where the norm is trained and its running ones are still to be updated.
     """
-    if not _alike(u, gates) or any(one is not None and one.dtype is not torch.float32 for one in norm[:4]):
+    if (
+        not _are_read(gates, strength, *norm[:4])
+        or not _alike(u, gates)
+        or any(one is not None and one.dtype is not torch.float32 for one in norm[:4])
+    ):
         return None
     return fused.normed(_PLACES[choice(u)].Kernels, u, norm, gates, strength)
 
@@ -198,6 +202,17 @@ def _better_than_compiled(x: torch.Tensor, gates: Gates) -> bool:
         and x.numel() > 0
         and x.is_contiguous()
     )
+
+
+def _are_read(gates: Gates, *others: torch.Tensor | None) -> bool:
+    """Whether kernels can read gates and others where they lie: plain tensors, and not the negatives of others."""
+    window = gates.spatial
+    if window is not None and window.mean is not None:
+        others = (window.mean, window.var, *others)
+    for one in (*gates.tensors(), *others):
+        if one is not None and (type(one) not in _PLAIN or one.is_neg()):
+            return False
+    return True
 
 
 def _alike(x: torch.Tensor, gates: Gates) -> bool:

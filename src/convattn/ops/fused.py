@@ -345,14 +345,29 @@ class MeanMax(torch.autograd.Function):
         return kernels.grad_pool(x, pooled, halves), None
 
 
+def is_written(x: Tensor) -> bool:
+    """Whether the numbers of a tensor are those in its memory: not their negatives, and not zeros that lie nowhere."""
+    return not (x.is_neg() or x._is_zerotensor())
+
+
+def written(x: Tensor) -> Tensor:
+    """The same tensor with its numbers in its memory."""
+    if x.is_neg():
+        x = x.resolve_neg()
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x) if x._is_zerotensor() else x
+
+
 def dense(x: Tensor) -> Tensor:
     """The map in one piece, in the memory format that it has."""
+    if not is_written(x):
+        x = written(x)
     return x if x.is_contiguous() or is_last(x) else x.contiguous()
 
 
 def like(given: Tensor, x: Tensor) -> Tensor:
     """Another map in the memory format and dtype of `x`."""
-    if given.dtype is x.dtype and (given.is_contiguous() if x.is_contiguous() else is_last(given)):
+    alike = given.dtype is x.dtype and (given.is_contiguous() if x.is_contiguous() else is_last(given))
+    if alike and is_written(given):
         return given
     return torch.empty_like(x).copy_(given)
 

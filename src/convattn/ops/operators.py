@@ -40,6 +40,8 @@ def gated(
     tensors = (first, first_bias, second, second_bias, weight, norm_weight, norm_bias)
     gates = _gates(tensors, (mean, var), pools, activation, gate, training, eps, parallel)
     x = fused.dense(x)
+    shortcut = None if shortcut is None else fused.like(shortcut, x)
+    strength = None if strength is None else fused.written(strength)
     with torch.no_grad():
         y, moments, kept, _ = fused.forward(cpu.Kernels, x, gates, strength, shortcut)
     # what lies in one piece of memory, operators may not return
@@ -86,6 +88,7 @@ def gated_backward(
     gates = _gates(tensors, (mean, var), pools, activation, gate, training, eps, parallel)
     x = fused.dense(x)
     dy = fused.like(dy, x)
+    strength = None if strength is None else fused.written(strength)
     if y is not None:
         dy = torch.ops.aten.threshold_backward(dy, fused.like(y, x), 0)
     found = Kept(*(one if one.numel() else None for one in kept))
@@ -137,7 +140,7 @@ def call(x: Tensor, gates: Gates, strength: Maybe, shortcut: Maybe) -> tuple[Ten
 
 def _gates(
     tensors: tuple[Maybe, ...],
-    running: tuple[Maybe, Maybe],
+    running: tuple[Maybe, ...],
     pools: str,
     activation: str,
     gate: str,
@@ -145,6 +148,8 @@ def _gates(
     eps: float,
     parallel: bool,
 ) -> Gates:
+    tensors = tuple(None if one is None else fused.written(one) for one in tensors)
+    running = tuple(None if one is None else fused.written(one) for one in running)
     mlp = Mlp(tuple(pools.split(",")), activation, gate, *tensors[:4]) if tensors[0] is not None else None
     window = Window._make((*tensors[4:], *running, training, eps, None, None)) if tensors[4] is not None else None
     return Gates(mlp, window, parallel)

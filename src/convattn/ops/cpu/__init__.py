@@ -39,7 +39,7 @@ def takes_running(mean: Tensor, var: Tensor, tracked: Tensor, moments: Tensor) -
     if library.WHY_NOT is not None or tracked.dtype is not torch.int64:
         return False
     for one in (mean, var, tracked):
-        if type(one) is not Tensor or not one.is_cpu or one.is_inference():
+        if type(one) is not Tensor or not one.is_cpu or one.is_inference() or one.is_neg():
             return False
     return _ready(mean) and _ready(var) and _ready(moments)
 
