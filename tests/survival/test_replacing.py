@@ -194,10 +194,26 @@ def test_names_that_scripts_put_together_are_those_of_the_tensors() -> None:
             for key, _ in module.named_parameters(recurse=False)
         ]
         assert own == [name for name, _ in model.named_parameters()]
+        older = [
+            "%s.%s" % (name, key)  # noqa: UP031
+            for name, one in model.named_modules()
+            for key in dict(one.named_parameters(recurse=False))
+        ]
+        assert older == own
         every = {
             f"{name}.{key}" if name else key for name, one in model.named_modules() for key, _ in one.named_parameters()
         }
         assert every == {name for name, _ in model.named_parameters()}
+
+
+def test_a_layer_that_is_looked_for_by_name_has_its_tensors() -> None:
+    model = attach(networks.plain("resnet20"), "se", example=images())
+    for name, module in model.named_modules():
+        if name == "layer1.0.bn2":
+            assert module.weight is module.inner.weight and module.running_mean is module.inner.running_mean
+            # whoever collects what has a weight comes to the layer next
+            assert not hasattr(module, "weight") and getattr(module, "weight", None) is None
+    assert hasattr(model.get_submodule("layer1.0.bn2"), "weight")
 
 
 def test_a_counter_in_buffers_counts_each_layer_once() -> None:

@@ -3,6 +3,7 @@
 Detection code, RepVGG and its many descendants have no common class or protocol, only these names.
 """
 
+import dis
 import re
 import sys
 
@@ -76,3 +77,9 @@ def _callers(number: int) -> list[str]:
         names.append(frame.f_code.co_name)
         frame = frame.f_back
     return names
+
+
+def is_asked_by_name() -> bool:
+    """Whether the caller's caller uses `hasattr` or `getattr`, and does not read what it knows to be there."""
+    frame = sys._getframe(2)
+    return not dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith(("LOAD_ATTR", "LOAD_METHOD"))

@@ -12,7 +12,8 @@ INNER = "convattn_inner"
 class LayerName(str):
     """The name of a wrapped layer: a path to it, and for its tensors the name that it has in the plain network.
 
-    PyTorch names a tensor `name_of_the_module + "." + key`, and training scripts `f"{name_of_the_module}.{key}"`.
+    PyTorch names a tensor `name_of_the_module + "." + key`, and training scripts `f"{name_of_the_module}.{key}"`
+    or `"%s.%s" % (name_of_the_module, key)`.
 
     Example:
         >>> name = LayerName("layer1.0.bn2.convattn_inner")
@@ -23,18 +24,24 @@ class LayerName(str):
     def __add__(self, other: str) -> str:
         if not other.startswith("."):
             # a number, as tracers put it behind the name of a layer that is called again
-            return str(self) + other
+            return str.__str__(self) + other
         plain = self.plain()
         return plain + other if plain else other.removeprefix(".")
 
     def __format__(self, spec: str) -> str:
-        # the tracers of torch and torchvision number the calls of a layer by its path
-        of_torch = str(sys._getframe(1).f_globals.get("__name__")).startswith("torch")
-        return format(str(self) if of_torch else self.plain(), spec)
+        return format(self._said_to(sys._getframe(1).f_globals), spec)
+
+    def __str__(self) -> str:
+        return self._said_to(sys._getframe(1).f_globals)
+
+    def _said_to(self, caller: dict[str, Any]) -> str:
+        # the tracers of torch and torchvision find a layer by its path and number its calls by it
+        of_torch = str(caller.get("__name__")).startswith("torch")
+        return str.__str__(self) if of_torch else self.plain()
 
     def replace(self, old: str, new: str, count: Any = -1) -> str:
         # FullyShardedDataParallel takes its own part out of a name before it puts a key behind
-        return (self.plain() if old.startswith("_fsdp") else str(self)).replace(old, new, count)
+        return (self.plain() if old.startswith("_fsdp") else str.__str__(self)).replace(old, new, count)
 
     def plain(self) -> str:
         """The name that the layer has in the plain network."""

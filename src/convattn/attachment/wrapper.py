@@ -200,7 +200,7 @@ class Attached(nn.Module):
             return value
         if isinstance(value, torch.Tensor):
             merging.refuse_to_merge(getattr(self.convattn_site, "name", type(inner).__name__), name)
-            if any(one is self for one in WALKS.at):
+            if any(one is self for one in WALKS.at) and merging.is_asked_by_name():
                 raise AttributeError(
                     f"{name!r} is that of the layer inside, to which this walk over modules comes next."
                 )

@@ -21,7 +21,8 @@ def squeeze(x: torch.Tensor, pool: str, dimensions: int | None = None) -> torch.
     """
     dims = list(range(2, x.dim() if dimensions is None else 2 + dimensions))
     if pool == "mean":
-        return x.mean(dim=dims)
+        # quantised maps of one position keep their memory format only with all dimensions
+        return x.mean(dim=dims, keepdim=True).flatten(1)
     if pool == "max":
         return x.amax(dim=dims)
     if pool == "l2":
