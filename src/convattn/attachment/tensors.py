@@ -1,5 +1,6 @@
 """How a wrapper holds tensors: those of its layer by name, and none of them in a walk over modules."""
 
+import dis
 import sys
 from typing import Any, TypeVar
 
@@ -32,7 +33,10 @@ class LayerName(str):
         return format(self._said_to(sys._getframe(1).f_globals), spec)
 
     def __str__(self) -> str:
-        return self._said_to(sys._getframe(1).f_globals)
+        # by the operator % it is a part of a text; who calls str() asks for the path
+        frame = sys._getframe(1)
+        in_text = dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith(("BINARY", "FORMAT", "CONVERT"))
+        return self._said_to(frame.f_globals) if in_text else str.__str__(self)
 
     def _said_to(self, caller: dict[str, Any]) -> str:
         # the tracers of torch and torchvision find a layer by its path and number its calls by it
