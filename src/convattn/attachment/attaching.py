@@ -1,6 +1,5 @@
 """Change a network as planned, and change it back."""
 
-import threading
 from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
@@ -27,13 +26,13 @@ from convattn.attachment.wrapper import (
     like,
 )
 from convattn.errors import AttachError, InvalidOption
+from convattn.networks.watching import exclusive
 from convattn.registry import Entry
 
 Pair = tuple[nn.Module, nn.Module]
-# of two threads that attach to one network the second one is told; re-entrant, since one call may make another
-LOCK = threading.RLock()
 
 
+@exclusive
 def attach(
     model: nn.Module,
     attention: str | Plan | Callable[[int], nn.Module],
@@ -100,13 +99,13 @@ def attach(
             start=start or "identity",
             **options,
         )
-    with LOCK:
-        pairs = [pair for site in chosen for pair in wrapped(model, site, chosen.entries[site.attention], replace)]
-        _refuse_two_at_once(model, pairs)
-        exchange(model, pairs + partners(model, [old for old, _ in pairs]))
+    pairs = [pair for site in chosen for pair in wrapped(model, site, chosen.entries[site.attention], replace)]
+    _refuse_two_at_once(model, pairs)
+    exchange(model, pairs + partners(model, [old for old, _ in pairs]))
     return model
 
 
+@exclusive
 def detach(model: nn.Module) -> nn.Module:
     """Take all attention out again, in place, and return the model with the very same layers as before.
 
@@ -119,9 +118,8 @@ def detach(model: nn.Module) -> nn.Module:
         >>> detach(attach(network, "se")).layer1[0].bn2 is layer
         True
     """
-    with LOCK:
-        exchange(model, [(module, layer_of(module)) for module in model.modules() if isinstance(module, Attached)])
-        freezing.release(model)
+    exchange(model, [(module, layer_of(module)) for module in model.modules() if isinstance(module, Attached)])
+    freezing.release(model)
     return model
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from convattn.attachment.tensors import INNER
-from convattn.attachment.wrapper import ATTENTION, Attached, AttachedHead, layer_of
+from convattn.attachment.wrapper import ATTENTION, Attached, AttachedHead, layer_of, site_of
 from convattn.errors import AttachError
 
 
@@ -135,4 +135,4 @@ def _lost(old: nn.Module, new: Any) -> list[str]:
     kept = set(new.modules()) if isinstance(new, nn.Module) else set()
     # a copy of a wrapper around the same attention is as good
     gone = [one for one in old.modules() if isinstance(one, Attached) and one._modules[ATTENTION] not in kept]
-    return list(dict.fromkeys(getattr(one.convattn_site, "name", type(one).__name__) for one in gone))
+    return list(dict.fromkeys(map(site_of, gone)))

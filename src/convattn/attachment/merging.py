@@ -3,9 +3,7 @@
 Detection code, RepVGG and its many descendants have no common class or protocol, only these names.
 """
 
-import dis
 import re
-import sys
 
 from convattn.errors import AttachError
 
@@ -22,13 +20,18 @@ FUNCTIONS = re.compile(
 )
 
 
-def refuse_to_merge(site: str, tensor: str) -> None:
+def refuse_to_merge(site: str, tensor: str, reader: str) -> None:
     """Refuse a function that merges layers to read a layer's tensors past the attention behind it.
 
+    Args:
+        site: the name of the layer.
+        tensor: the name of what is read.
+        reader: the name of the function that reads it.
+
     Raises:
-        AttachError: the caller's caller is such a function.
+        AttachError: the function merges, by its name.
     """
-    name = sys._getframe(2).f_code.co_name.lower()
+    name = reader.lower()
     if FUNCTIONS.fullmatch(name):
         raise AttachError(
             f"{name} would merge {site!r}, which has attention, with another layer and lose the attention "
@@ -49,13 +52,16 @@ def refuse_weights(site: str, method: str) -> None:
     )
 
 
-def refuse_by_class(site: str) -> None:
+def refuse_by_class(site: str, names: list[str]) -> None:
     """Refuse functions of PyTorch that look at the class of a layer, and would take or change that of the wrapper.
 
+    Args:
+        site: the name of the layer.
+        names: the names of the functions that ask whether the wrapper is parametrized, the nearest first.
+
     Raises:
-        AttachError: one of them asks whether the wrapper is parametrized.
+        AttachError: one of them is such a function.
     """
-    names = _callers(6)
     if "register_parametrization" in names[:3]:
         raise AttachError(
             f"{site!r} has attention: register the parametrization at the layer itself, "
@@ -67,19 +73,3 @@ def refuse_by_class(site: str) -> None:
             f"convattn.fold the network first, or attach at='block', whose layers can be merged. Nothing was merged "
             f"there."
         )
-
-
-def _callers(number: int) -> list[str]:
-    """The names of the functions that called the one which asks, the nearest first."""
-    names: list[str] = []
-    frame = sys._getframe(1).f_back
-    while frame is not None and len(names) < number:
-        names.append(frame.f_code.co_name)
-        frame = frame.f_back
-    return names
-
-
-def is_asked_by_name() -> bool:
-    """Whether the caller's caller uses `hasattr` or `getattr`, and does not read what it knows to be there."""
-    frame = sys._getframe(2)
-    return not dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith(("LOAD_ATTR", "LOAD_METHOD"))

@@ -14,6 +14,7 @@ from convattn import checks, cost, own_code, tables
 from convattn.attachment.sites import PLACES, Place, Skipped, Survey
 from convattn.attachment.wrapper import Attached, Blended, BlendedHead, layer_of
 from convattn.errors import AttachError, InvalidOption
+from convattn.networks.watching import exclusive
 from convattn.nn.base import STARTS, Gate, Head, Update
 from convattn.registry import Entry, Factory, entry, entry_of, is_known, names
 
@@ -96,6 +97,7 @@ class Plan:
         return "\n".join([*tables.aligned(rows, "<<><>>>>"), *left_out])
 
 
+@exclusive
 def plan(
     model: nn.Module,
     attention: str | Callable[[int], nn.Module],

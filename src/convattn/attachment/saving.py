@@ -20,11 +20,12 @@ from torch import nn
 
 from convattn import checks, registry
 from convattn.attachment import descriptions, freezing
-from convattn.attachment.attaching import LOCK, Pair, attached, exchange, partners, wrapped
+from convattn.attachment.attaching import Pair, attached, exchange, partners, wrapped
 from convattn.attachment.descriptions import ABOUT, FORMATS, Fingerprint, Saved
 from convattn.attachment.plans import UNCHANGED, Site, built, own_entry
 from convattn.attachment.wrapper import ATTENTION, Attached, AttachedBranch, layer_of
 from convattn.errors import AttachError, InvalidOption, UnknownName, WeightsError
+from convattn.networks.watching import exclusive
 from convattn.registry import Entry
 
 WEIGHTS = "attention.safetensors"
@@ -104,6 +105,7 @@ def save(model: nn.Module, folder: str | Path, *, whole: bool = False) -> Path:
     return folder
 
 
+@exclusive
 def load(
     model: nn.Module,
     folder: str | Path,
@@ -149,7 +151,7 @@ def load(
         _refuse_damage(saved, tensors, folder)
     except RecursionError as error:
         raise WeightsError(f"{folder / ABOUT} is nested too deeply to be read. {UNCHANGED}") from error
-    with _restored(trained, values, folder), LOCK:
+    with _restored(trained, values, folder):
         exchange(inside, pairs)
     if trained:
         freezing.note_trained(inside, trained.values())

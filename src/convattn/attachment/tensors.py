@@ -1,10 +1,8 @@
 """How a wrapper holds tensors: those of its layer by name, and none of them in a walk over modules."""
 
-import dis
-import sys
-from typing import Any, TypeVar
+from typing import Any
 
-Value = TypeVar("Value")
+from convattn.attachment import callers
 
 # distinctive, since it is taken out of keys wherever it stands
 INNER = "convattn_inner"
@@ -29,19 +27,14 @@ class LayerName(str):
         plain = self.plain()
         return plain + other if plain else other.removeprefix(".")
 
+    # the tracers of torch and torchvision find a layer by its path, also in texts, and number its calls by it
     def __format__(self, spec: str) -> str:
-        return format(self._said_to(sys._getframe(1).f_globals), spec)
+        return format(str.__str__(self) if callers.module().startswith("torch") else self.plain(), spec)
 
     def __str__(self) -> str:
-        # by the operator % it is a part of a text; who calls str() asks for the path
-        frame = sys._getframe(1)
-        in_text = dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith(("BINARY", "FORMAT", "CONVERT"))
-        return self._said_to(frame.f_globals) if in_text else str.__str__(self)
-
-    def _said_to(self, caller: dict[str, Any]) -> str:
-        # the tracers of torch and torchvision find a layer by its path and number its calls by it
-        of_torch = str(caller.get("__name__")).startswith("torch")
-        return str.__str__(self) if of_torch else self.plain()
+        # by the operator % it is a part of a text; whoever calls str() asks for the path
+        in_text = callers.does(callers.FORMATS) and not callers.module().startswith("torch")
+        return self.plain() if in_text else str.__str__(self)
 
     def replace(self, old: str, new: str, count: Any = -1) -> str:
         # FullyShardedDataParallel takes its own part out of a name before it puts a key behind

@@ -22,7 +22,7 @@ from torch.fx import Proxy
 from torch.jit import is_scripting, is_tracing  # type: ignore[attr-defined]
 
 from convattn import ops
-from convattn.attachment import merging
+from convattn.attachment import callers, merging
 from convattn.attachment.tensors import INNER, LayerName, LayerTensors
 from convattn.errors import AttachError
 from convattn.nn.base import Gate
@@ -191,7 +191,7 @@ class Attached(nn.Module):
         if buffers.has(name):
             return buffers[name]
         if name == "parametrizations" and not is_compiling():
-            merging.refuse_by_class(getattr(self.convattn_site, "name", type(inner).__name__))
+            merging.refuse_by_class(site_of(self), callers.names(6))
             # those of the layer are removed at the layer as well
             raise AttributeError(f"{type(self).__name__!r} has no parametrizations, but its layer may have some.")
         own = {"inner": inner, "site": self.__dict__.get("convattn_site")}
@@ -199,8 +199,8 @@ class Attached(nn.Module):
         if is_compiling():
             return value
         if isinstance(value, torch.Tensor):
-            merging.refuse_to_merge(getattr(self.convattn_site, "name", type(inner).__name__), name)
-            if any(one is self for one in WALKS.at) and merging.is_asked_by_name():
+            merging.refuse_to_merge(site_of(self), name, callers.names(1)[0])
+            if any(one is self for one in WALKS.at) and not callers.does(callers.READS):
                 raise AttributeError(
                     f"{name!r} is that of the layer inside, to which this walk over modules comes next."
                 )
@@ -253,6 +253,11 @@ def layer_of(module: nn.Module) -> nn.Module:
     return module._modules[INNER] if isinstance(module, Attached) else module  # type: ignore[return-value]
 
 
+def site_of(wrapper: Attached) -> str:
+    """The name of the site of a wrapper, or the class of its layer where it was not planned."""
+    return getattr(wrapper.convattn_site, "name", type(layer_of(wrapper)).__name__)
+
+
 def _plain_key(key: str, prefix: str) -> str:
     """A key of the state dict as it is in the plain network."""
     inner = f"{prefix}{INNER}."
@@ -280,7 +285,7 @@ def _merge_inside(wrapper: Attached, name: str, *args: Any, **options: Any) -> A
         # a walk over all modules comes to the layer too, whose parts are gone now
         vars(layer)[name] = _merged_before
     elif not args and not options:
-        merging.refuse_weights(wrapper.convattn_site.name, name)
+        merging.refuse_weights(site_of(wrapper), name)
     return found
 
 

@@ -4,13 +4,14 @@ No symbolic tracing: the network runs as it is, with its control flow, in-place 
 operator of PyTorch that runs gives a value; a tensor that was changed in place is another value than before.
 """
 
+import functools
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +21,10 @@ from torch.utils._pytree import tree_map_only
 from convattn import checks
 from convattn.errors import AttachError
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+# re-entrant: what is exclusive calls what is
+_LOCK = threading.RLock()
 INPUT, OUTSIDE, CHANGED = "input", "outside", "changed"
 UNKNOWN = (lambda: None), 0, 0
 # what holds no tensors
@@ -155,6 +160,21 @@ def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def exclusive(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Have one thread at a time run a function that looks at the layers of a network or changes them.
+
+    Of two threads that attach to one network the second one then finds what the first has attached.
+    """
+
+    @functools.wraps(function)
+    def alone(*args: Arguments.args, **options: Arguments.kwargs) -> Result:
+        with _LOCK:
+            return function(*args, **options)
+
+    return alone
+
+
+@exclusive
 def watch(model: nn.Module, example: Any) -> Watched:
     """Run a network once on an example (a tensor, a tuple or a dict of arguments), and tell what happened.
 

@@ -39,17 +39,14 @@ class OnMaps(nn.Module):
             checks.feature_map(type(self).__name__, x, self.channels, self.dimensions)
 
 
-class Gate(OnMaps):
-    """A module that multiplies its input with a gate computed from it.
+class WithStrength(OnMaps):
+    """A map to a map of the same shape, by the paper or, with `start="identity"`, with a `strength` that starts at 0.
 
-    `gate(x)` is the paper's gate, broadcastable to `x`. With `start="identity"` the module has one parameter more,
-    `strength` with one element, initially 0, and multiplies by `1 + strength * (gate - 1)`: a fresh module changes
-    nothing, to the bit for finite input, and with strength 1 it is the paper's module.
+    A subclass of a contract, `Gate` or `Update`, says in one method what it computes.
     """
 
-    convattn_kind = "gate"
-    # the name of the gate; what it varies over is read from its shape
-    axis = "channel"
+    # the kind of a module, and the name of that method
+    convattn_kind = ""
     # one element and not a scalar: sharding wrappers refuse parameters without a dimension
     strength: nn.Parameter | None
 
@@ -60,9 +57,23 @@ class Gate(OnMaps):
 
     def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
-        # whoever has another gate and no forward of its own means that gate, and not what was fused for the one before
-        if "gate" in vars(cls) and "forward" not in vars(cls):
-            cls.forward = Gate.forward  # type: ignore[method-assign]
+        # whoever has another such method and no forward of its own means that, and not what was fused for the other
+        if cls.convattn_kind in vars(cls) and "forward" not in vars(cls):
+            contract: Any = next(base for base in cls.__mro__ if "convattn_kind" in vars(base))
+            cls.forward = contract.forward
+
+
+class Gate(WithStrength):
+    """A module that multiplies its input with a gate computed from it.
+
+    `gate(x)` is the paper's gate, broadcastable to `x`. With `start="identity"` the module has one parameter more,
+    `strength` with one element, initially 0, and multiplies by `1 + strength * (gate - 1)`: a fresh module changes
+    nothing, to the bit for finite input, and with strength 1 it is the paper's module.
+    """
+
+    convattn_kind = "gate"
+    # the name of the gate; what it varies over is read from its shape
+    axis = "channel"
 
     def gate(self, x: torch.Tensor) -> torch.Tensor:
         """The gate alone, broadcastable to `x`."""
@@ -115,7 +126,7 @@ class Gate(OnMaps):
         return y
 
 
-class Update(OnMaps):
+class Update(WithStrength):
     """A module that adds to its input what it computes from it: y = x + update(x).
 
     `update(x)` is what the paper adds, broadcastable to `x`. With `start="identity"` the module has one parameter more,
@@ -136,18 +147,6 @@ class Update(OnMaps):
     """
 
     convattn_kind = "update"
-    strength: nn.Parameter | None
-
-    def __init__(self, *, channels: int | None, dimensions: int, start: str) -> None:
-        super().__init__(channels=channels, dimensions=dimensions)
-        checks.choice(type(self).__name__, "start", start, STARTS)
-        self.register_parameter("strength", nn.Parameter(torch.zeros(1)) if start == "identity" else None)
-
-    def __init_subclass__(cls, **options: object) -> None:
-        super().__init_subclass__(**options)
-        # as for a gate: whoever has another update and no forward of its own means that update
-        if "update" in vars(cls) and "forward" not in vars(cls):
-            cls.forward = Update.forward  # type: ignore[method-assign]
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         """What the paper adds to the map, broadcastable to `x`."""
