@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from convattn import attach, detach, plan
 from convattn.attachment import attached
+from convattn.errors import AttachError
 
 WIDTHS = (4, 8, 12, 16, 20)
 
@@ -363,3 +364,50 @@ def test_blocks_of_a_network_that_enlarges() -> None:
     for at, expected in places.items():
         found = plan(Enlarged(), "se", at=at)
         assert [site.name for site in found] == expected and not found.skipped
+
+
+def upsampling(inputs: int, outputs: int) -> list[nn.Module]:
+    return [nn.ConvTranspose2d(inputs, outputs, 4, 2, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+
+class Autoencoder(nn.Module):
+    """Convolutions down to a vector, and transposed ones up again, one after the other in a Sequential."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        down = [nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU()]
+        self.encoder, self.narrow, self.wide = nn.Sequential(*down), nn.Linear(16 * 16, 4), nn.Linear(4, 16 * 16)
+        self.decoder = nn.Sequential(*upsampling(16, 8), *upsampling(8, 8), nn.Conv2d(8, 3, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        code = self.narrow(self.encoder(x).flatten(1))
+        return self.decoder(self.wide(code).view(-1, 16, 4, 4))
+
+
+def test_transposed_convolutions_are_blocks() -> None:
+    x = torch.randn(2, 3, 16, 16)
+    found = {
+        at: [site.name for site in plan(Autoencoder(), "se", at=at, example=x)] for at in ("block", "stage", "final")
+    }
+    expected = ["encoder.2", "encoder.4", "decoder.2", "decoder.5"]
+    assert found == {"block": expected, "stage": expected, "final": ["decoder.5"]}
+
+
+class Pyramid(nn.Module):
+    """Maps of two scales, given out side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU())
+        self.two = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU())
+        self.top, self.side, self.up = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Upsample(scale_factor=2)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        one = self.one(x)
+        top = self.top(self.two(one))
+        return [self.side(one) + self.up(top), top * 2]
+
+
+def test_where_several_maps_make_the_output_none_is_the_last() -> None:
+    with pytest.raises(AttachError, match=r"no place at 'final' \(no map is the last"):
+        plan(Pyramid(), "se", at="final", example=torch.randn(2, 3, 16, 16))

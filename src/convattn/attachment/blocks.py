@@ -15,6 +15,10 @@ from convattn.attachment.sums import WEIGHTED, Sum
 from convattn.attachment.wrapper import layer_of
 from convattn.networks.watching import Call, Value
 
+CONVOLUTIONS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -292,11 +296,11 @@ def _innermost(candidates: list[_Candidate]) -> list[_Candidate]:
 
 
 def _units(maps: Maps) -> list[Block]:
-    """Each convolution with the norm and the activation behind it, but that of the logits."""
+    """Each convolution, transposed or not, with the norm and the activation behind it, but that of the logits."""
     found = []
     last = max((value.index for value in maps.seen.values if _weighs(maps, value)), default=-1)
     for call in maps.calls:
-        if call.y is None or not isinstance(layer_of(call.module), nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if call.y is None or not isinstance(layer_of(call.module), CONVOLUTIONS):
             continue
         start = end = maps.seen.values[call.y]
         while (following := _following(maps, end)) is not None:

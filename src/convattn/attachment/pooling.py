@@ -80,6 +80,12 @@ def _passages(maps: Maps, output: Value) -> list[Value]:
     return passages
 
 
+def all_goes_through(maps: Maps, value: Value) -> bool:
+    """Whether a map is given out, or everything that the outputs of the network are made of goes through it."""
+    outputs = [maps.seen.values[index] for index in maps.output]
+    return value in outputs or all(value in _passages(maps, output) for output in outputs)
+
+
 def last_map(maps: Maps, pooled: Value) -> Value | None:
     """The last map before a pooling that a layer gives and through which everything goes."""
     value: Value | None = pooled

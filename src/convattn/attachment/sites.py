@@ -323,6 +323,9 @@ class Survey:
         end = end or pooling.before_output(self.maps, self.blocks)
         if end is None and self.stage_ends:
             end = self.stage_ends[-1]
+            if not pooling.all_goes_through(self.maps, end):
+                yield Skipped(end.within, "no map is the last: the output is made of several")
+                return
         if end is not None:
             yield self._after(end, [end], self._outer_or_block(end), near=end.within)
 
