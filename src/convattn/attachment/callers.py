@@ -10,13 +10,13 @@ FORMATS = ("BINARY", "FORMAT", "CONVERT")
 
 
 def names(count: int) -> list[str]:
-    """The names of the functions above the one that asks, its own caller first."""
-    found: list[str] = []
+    """The names of the functions on the stack above the function that asks, its caller first."""
+    functions: list[str] = []
     frame = sys._getframe(2)
-    while frame is not None and len(found) < count:
-        found.append(frame.f_code.co_name)
+    while frame is not None and len(functions) < count:
+        functions.append(frame.f_code.co_name)
         frame = frame.f_back  # type: ignore[assignment]
-    return found
+    return functions
 
 
 def module() -> str:

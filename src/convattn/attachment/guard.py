@@ -26,7 +26,7 @@ class Children(dict[str, Any]):
         old = self.get(key)
         if isinstance(old, nn.Module) and new is not old:
             # a layer that was put at another place before, as `Sequential.insert` does, is not lost
-            moved = any(one is old for name, one in self.items() if name != key)
+            moved = any(child is old for name, child in self.items() if name != key)
             lost = [] if moved else _lost(old, new)
             if lost and new is None:
                 self._refuse(key)
@@ -111,14 +111,14 @@ def _guard(module: nn.Module, done: dict[nn.Module, bool]) -> bool:
     # a part that holds itself is no way to attention
     done[module] = False
     below = [_guard(child, done) for child in module._modules.values() if child is not None]
-    found = any(below)
+    has_attention = any(below)
     if not isinstance(module, Attached):
         children = module._modules
-        if found and type(children) is not Children:
+        if has_attention and type(children) is not Children:
             vars(module)["_modules"] = Children(children)
-        elif not found and type(children) is Children:
+        elif not has_attention and type(children) is Children:
             vars(module)["_modules"] = dict(children)
-    done[module] = found or isinstance(module, Attached)
+    done[module] = has_attention or isinstance(module, Attached)
     return done[module]
 
 
@@ -134,5 +134,6 @@ def _lost(old: nn.Module, new: Any) -> list[str]:
     """The sites whose attention stands in a module, and not in another one."""
     kept = set(new.modules()) if isinstance(new, nn.Module) else set()
     # a copy of a wrapper around the same attention is as good
-    gone = [one for one in old.modules() if isinstance(one, Attached) and one._modules[ATTENTION] not in kept]
+    wrappers = [module for module in old.modules() if isinstance(module, Attached)]
+    gone = [wrapper for wrapper in wrappers if wrapper._modules[ATTENTION] not in kept]
     return list(dict.fromkeys(map(site_of, gone)))

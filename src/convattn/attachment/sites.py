@@ -385,7 +385,7 @@ class Survey:
     def _units(self, name: str) -> list[str]:
         """The units around a layer, the innermost first: see `units`."""
         if name not in self._known_units:
-            self._known_units[name] = units.above(self.model, name)
+            self._known_units[name] = units.enclosing(self.model, name)
         return self._known_units[name]
 
     def _merged_by(self, call: Call) -> str:
@@ -404,7 +404,7 @@ class Survey:
         shape = self.maps.seen.values[around.x].shape
         last = self.maps.axis(value) == len(value.shape) - 1
         path = call.name[len(outer) + 1 :]
-        return not units.outlives(layer_of(around.module), path, shape, before=before, channels_last=last)
+        return not units.survives_merging(layer_of(around.module), path, shape, before=before, channels_last=last)
 
     def _place(self, call: Call, value: Value, side: str = "after") -> Place:
         axis, last = self.maps.axis(value), len(value.shape) - 1

@@ -62,20 +62,20 @@ class LayerTensors(dict[str, Any]):
         self.kind = kind
         self.modules = modules
 
-    def of_layer(self) -> dict[str, Any]:
+    def layer_tensors(self) -> dict[str, Any]:
         """The layer's own dictionary."""
         layer = self.modules.get(INNER)
         return {} if layer is None else vars(layer)[self.kind]
 
-    def has(self, key: object) -> bool:
+    def has_own(self, key: object) -> bool:
         """Whether a tensor is registered at the wrapper itself."""
         return super().__contains__(key)
 
     def __contains__(self, key: object) -> bool:
-        return super().__contains__(key) or key in self.of_layer()
+        return super().__contains__(key) or key in self.layer_tensors()
 
     def __getitem__(self, key: str) -> Any:
-        return super().__getitem__(key) if super().__contains__(key) else self.of_layer()[key]
+        return super().__getitem__(key) if super().__contains__(key) else self.layer_tensors()[key]
 
     def get(self, key: str, default: Any = None) -> Any:
         try:
@@ -84,7 +84,7 @@ class LayerTensors(dict[str, Any]):
             return default
 
     def __setitem__(self, key: str, value: Any) -> None:
-        layer = self.of_layer()
+        layer = self.layer_tensors()
         if key in layer and not super().__contains__(key):
             layer[key] = value
         else:
@@ -94,10 +94,10 @@ class LayerTensors(dict[str, Any]):
         if super().__contains__(key):
             super().__delitem__(key)
         else:
-            del self.of_layer()[key]
+            del self.layer_tensors()[key]
 
     def pop(self, key: str, *default: Any) -> Any:
-        return super().pop(key, *default) if super().__contains__(key) else self.of_layer().pop(key, *default)
+        return super().pop(key, *default) if super().__contains__(key) else self.layer_tensors().pop(key, *default)
 
     def __reduce__(self) -> Any:
         return LayerTensors, (self.kind, self.modules, dict(self))

@@ -1,4 +1,4 @@
-"""Units: layers that a method such as `fuse` or `reparameterize` merges into one, and whether a gate outlives that.
+"""Units: layers that a method such as `fuse` or `reparameterize` merges into one, and whether a gate survives that.
 
 A gate stands on a unit as a whole. Where that cannot be, inside of a larger unit, a copy of the unit is merged with a
 gate there: only if the copy computes the same before and after, gate included, the gate may stand there.
@@ -26,13 +26,13 @@ USUAL = ("fuse", "reparameterize", "switch_to_deploy")
 SAME = 1e-3
 
 
-def above(model: nn.Module, name: str) -> list[str]:
+def enclosing(model: nn.Module, name: str) -> list[str]:
     """The names of the units around a layer, the innermost first; the network itself is none."""
-    found = []
+    units = []
     while name := name.rpartition(".")[0]:
         if is_unit(type(layer_of(model.get_submodule(name)))):  # type: ignore[arg-type]
-            found.append(name)
-    return found
+            units.append(name)
+    return units
 
 
 @lru_cache(maxsize=4096)
@@ -44,8 +44,8 @@ def is_unit(kind: Any) -> bool:
 @lru_cache(maxsize=4096)
 def _methods(kind: Any) -> tuple[str, ...]:
     """The methods of a class that merge its layers and that can be called without arguments, the usual one first."""
-    found = [name for name in dir(kind) if merging.METHODS.fullmatch(name) and _merges(getattr(kind, name))]
-    return tuple(sorted(found, key=lambda name: (name.startswith("get_"), name not in USUAL, name)))
+    names = [name for name in dir(kind) if merging.METHODS.fullmatch(name) and _merges(getattr(kind, name))]
+    return tuple(sorted(names, key=lambda name: (name.startswith("get_"), name not in USUAL, name)))
 
 
 def _merges(method: Any) -> bool:
@@ -56,7 +56,9 @@ def _merges(method: Any) -> bool:
         _self, *others = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return False
-    optional = all(one.default is not one.empty or one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in others)
+    optional = all(
+        other.default is not other.empty or other.kind in (other.VAR_POSITIONAL, other.VAR_KEYWORD) for other in others
+    )
     return optional and not any(WALKS.intersection(_called(code)) for code in _codes(function))
 
 
@@ -66,21 +68,22 @@ def _codes(function: Any) -> Iterator[types.CodeType]:
     if code is not None:
         yield code
         named = (function.__globals__.get(name) for name in code.co_names)
-        yield from (one.__code__ for one in named if isinstance(one, types.FunctionType))
+        yield from (used.__code__ for used in named if isinstance(used, types.FunctionType))
 
 
 def _called(code: types.CodeType) -> Iterator[str]:
     """The names of the methods that a function calls, and those defined in it."""
-    for one in dis.get_instructions(code):
+    for instruction in dis.get_instructions(code):
         # from Python 3.12 on a method is an attribute with a mark
-        if one.opname == "LOAD_METHOD" or (one.opname == "LOAD_ATTR" and "NULL|self" in one.argrepr):
-            yield str(one.argval)
+        is_marked = instruction.opname == "LOAD_ATTR" and "NULL|self" in instruction.argrepr
+        if instruction.opname == "LOAD_METHOD" or is_marked:
+            yield str(instruction.argval)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _called(constant)
 
 
-def outlives(unit: nn.Module, path: str, shape: tuple[int, ...], *, before: bool, channels_last: bool) -> bool:
+def survives_merging(unit: nn.Module, path: str, shape: tuple[int, ...], *, before: bool, channels_last: bool) -> bool:
     """Whether a gate at a layer of a unit is still there, and computes the same, when the unit has been merged.
 
     Args:
@@ -90,11 +93,11 @@ def outlives(unit: nn.Module, path: str, shape: tuple[int, ...], *, before: bool
         before: whether the gate stands on the layer's input.
         channels_last: whether the layer's maps have their channels in the last dimension.
     """
-    around = [unit, *(unit.get_submodule(name) for name in above(unit, path))]
-    if not all(_methods(type(layer_of(one))) for one in around):  # type: ignore[arg-type]
+    units = [unit, *(unit.get_submodule(name) for name in enclosing(unit, path))]
+    if not all(_methods(type(layer_of(module))) for module in units):  # type: ignore[arg-type]
         # merged by whoever goes through the network: by which layers is not known
         return False
-    if any(one.is_meta for one in (*unit.parameters(), *unit.buffers())):
+    if any(tensor.is_meta for tensor in (*unit.parameters(), *unit.buffers())):
         return False
     try:
         with torch.no_grad(), torch.random.fork_rng(), warnings.catch_warnings():
@@ -120,7 +123,7 @@ def _is_same_when_merged(unit: nn.Module, path: str, shape: tuple[int, ...], bef
     merge_all(holder)
     probe.called = False
     y = _first_tensor(holder(x))
-    kept = any(one is probe for one in holder.modules()) and probe.called
+    kept = any(module is probe for module in holder.modules()) and probe.called
     return kept and bool((y - expected).abs().max() <= SAME * expected.abs().max())
 
 
@@ -128,9 +131,9 @@ def merge_all(model: nn.Module) -> None:
     """Merge every unit below, in place, the outer ones first."""
     for name, child in list(model.named_children()):
         for method in _methods(type(layer_of(child)))[:1]:  # type: ignore[arg-type]
-            found = getattr(child, method)()
-            if isinstance(found, nn.Module):
-                setattr(model, name, found)
+            merged = getattr(child, method)()
+            if isinstance(merged, nn.Module):
+                setattr(model, name, merged)
         merge_all(model.get_submodule(name))
 
 
@@ -155,5 +158,5 @@ def _randomise(module: nn.Module) -> None:
 
 
 def _first_tensor(output: Any) -> torch.Tensor:
-    found: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
-    return found
+    tensor: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
+    return tensor

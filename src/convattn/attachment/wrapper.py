@@ -151,7 +151,7 @@ class Attached(nn.Module):
         own = [name for name in self._modules if name != INNER]
         for key in [key for key in state_dict if key.startswith(prefix)]:
             name = key[len(prefix) :]
-            if name.partition(".")[0] not in own and not self._buffers.has(name):  # type: ignore[attr-defined]
+            if name.partition(".")[0] not in own and not self._buffers.has_own(name):  # type: ignore[attr-defined]
                 state_dict[f"{prefix}{INNER}.{name}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
@@ -178,7 +178,7 @@ class Attached(nn.Module):
     def _is_own(self, name: str) -> bool:
         # of the class too: `__class__` and `_compiled_call_impl` are those of whoever is asked to change
         own = name in self.__dict__ or name in self._modules or hasattr(type(self), name)
-        return own or (isinstance(self._buffers, LayerTensors) and self._buffers.has(name))
+        return own or (isinstance(self._buffers, LayerTensors) and self._buffers.has_own(name))
 
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules", {})
@@ -188,7 +188,7 @@ class Attached(nn.Module):
         if inner is None:
             return super().__getattr__(name)
         buffers = self.__dict__["_buffers"]
-        if buffers.has(name):
+        if buffers.has_own(name):
             return buffers[name]
         if name == "parametrizations" and not is_compiling():
             merging.refuse_by_class(site_of(self), callers.names(6))
@@ -200,7 +200,7 @@ class Attached(nn.Module):
             return value
         if isinstance(value, torch.Tensor):
             merging.refuse_to_merge(site_of(self), name, callers.names(1)[0])
-            if any(one is self for one in WALKS.at) and not callers.does(callers.READS):
+            if any(wrapper is self for wrapper in WALKS.at) and not callers.does(callers.READS):
                 raise AttributeError(
                     f"{name!r} is that of the layer inside, to which this walk over modules comes next."
                 )
@@ -328,12 +328,12 @@ def _with_arguments_of(layer: nn.Module) -> Any:
     types = get_type_hints(layer.forward)
     scope: dict[str, Any] = {"Tensor": torch.Tensor}
     arguments = []
-    for one in parameters:
-        scope[f"type_{one.name}"] = types.get(one.name, torch.Tensor)
-        scope[f"default_{one.name}"] = one.default
-        default = "" if one.default is one.empty else f" = default_{one.name}"
-        arguments.append(f"{one.name}: type_{one.name}{default}")
-    names = ", ".join(one.name for one in parameters)
+    for parameter in parameters:
+        scope[f"type_{parameter.name}"] = types.get(parameter.name, torch.Tensor)
+        scope[f"default_{parameter.name}"] = parameter.default
+        default = "" if parameter.default is parameter.empty else f" = default_{parameter.name}"
+        arguments.append(f"{parameter.name}: type_{parameter.name}{default}")
+    names = ", ".join(parameter.name for parameter in parameters)
     lines = [
         f"def forward(self, {', '.join(arguments)}) -> Tensor:\n",
         f"    return self.convattn_gated(self.convattn_inner({names}))\n",
