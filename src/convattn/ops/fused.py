@@ -120,7 +120,7 @@ def backward(
         if mlp is not None:
             if strength is not None:
                 less = torch.nan_to_num(gate_of(mlp, kept) - 1)
-                by_channel = (dchannel * less).sum().reshape(1)
+                by_channel = (dchannel.double() * less).sum().float().reshape(1)
                 dstrength = by_channel if dstrength is None else dstrength + by_channel
                 dchannel = dchannel * strength
             dpooled, by_mlp = steps.grad_mlp(mlp, kept, dchannel)

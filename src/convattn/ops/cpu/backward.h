@@ -38,46 +38,50 @@ inline void product_rows(const Rows& rows, int64_t row, const T* x, const T* dy,
     const int64_t n = rows.width;
     const Int steps = {0, 1, 2, 3, 4, 5, 6, 7};
     Norm norm[R];
-    Vec plain[R];
-    float plain_rest[R];
-    for (int r = 0; r < R; ++r) { norm[r] = Norm(rows.affine, row + r); plain[r] = splat(0.f); plain_rest[r] = 0; }
-    Vec s[R], own[R], top[R];
+    double plain_rest[R];
+    for (int r = 0; r < R; ++r) { norm[r] = Norm(rows.affine, row + r); plain_rest[r] = 0; }
+    Vec own[R], top[R];
     Int where[R], count[R];
-    float rest[R];
+    double rest[R];
     for (int r = 0; r < R; ++r) {
-        s[r] = splat(0.f); rest[r] = 0; where[r] = count[r] = splat(0);
+        rest[r] = 0; where[r] = count[r] = splat(0);
         own[r] = splat(rows.own ? rows.own[row + r] : 1.f);
         top[r] = splat(FIND == IN_ROWS ? rows.max[row + r] : 0.f);
     }
     int64_t i = 0;
-    for (; i + W <= n; i += W) {
-        const Vec a = rows.across ? load(rows.across + i) : splat(1.f);
-        Vec total = splat(0.f), plain_total = total;
-        const bool across = FIND == ACROSS_ROWS;
-        if (R > 1) { prefetch<R>(x, rows.stride, n, i); prefetch<R>(dy, rows.stride, n, i); }
-        const Vec tops = across ? load(rows.max + i) : splat(0.f);
-        Int at = across ? load(rows.places.where + i) : splat(0), equals = across ? load(rows.places.count + i) : splat(0);
-        for (int r = 0; r < R; ++r) {
-            const Vec d = load(dy + r * rows.stride + i), hat = norm[r].hat(load(x + r * rows.stride + i), i);
-            const Vec v = norm[r].full(hat, i), t = v * d;
-            if (ACROSS_HATS && ACROSS) { const Vec g = d * own[r]; total += hat * g; plain_total += g; }
-            else if (ACROSS) total += t * own[r];
-            if (DOWN_HATS && DOWN) { const Vec g = d * a; s[r] += hat * g; plain[r] += g; }
-            else if (DOWN) s[r] += t * a;
-            if (across) {
-                const Int equal = (rows.gated ? v * own[r] : v) == tops;
-                at = equal ? splat(int32_t(row + r)) : at;
-                equals -= equal;
+    while (i + W <= n) {
+        Vec s[R], plain[R];
+        for (int r = 0; r < R; ++r) s[r] = plain[r] = splat(0.f);
+        for (const int64_t end = std::min(n, i + SHORT * W); i + W <= end; i += W) {
+            const Vec a = rows.across ? load(rows.across + i) : splat(1.f);
+            Vec total = splat(0.f), plain_total = total;
+            const bool across = FIND == ACROSS_ROWS;
+            if (R > 1) { prefetch<R>(x, rows.stride, n, i); prefetch<R>(dy, rows.stride, n, i); }
+            const Vec tops = across ? load(rows.max + i) : splat(0.f);
+            Int at = across ? load(rows.places.where + i) : splat(0), equals = across ? load(rows.places.count + i) : splat(0);
+            for (int r = 0; r < R; ++r) {
+                const Vec d = load(dy + r * rows.stride + i), hat = norm[r].hat(load(x + r * rows.stride + i), i);
+                const Vec v = norm[r].full(hat, i), t = v * d;
+                if (ACROSS_HATS && ACROSS) { const Vec g = d * own[r]; total += hat * g; plain_total += g; }
+                else if (ACROSS) total += t * own[r];
+                if (DOWN_HATS && DOWN) { const Vec g = d * a; s[r] += hat * g; plain[r] += g; }
+                else if (DOWN) s[r] += t * a;
+                if (across) {
+                    const Int equal = (rows.gated ? v * own[r] : v) == tops;
+                    at = equal ? splat(int32_t(row + r)) : at;
+                    equals -= equal;
+                }
+                if (FIND == IN_ROWS) {
+                    const Int equal = (rows.gated ? v * a : v) == top[r];
+                    where[r] = equal ? steps + int32_t(i) : where[r];
+                    count[r] -= equal;
+                }
             }
-            if (FIND == IN_ROWS) {
-                const Int equal = (rows.gated ? v * a : v) == top[r];
-                where[r] = equal ? steps + int32_t(i) : where[r];
-                count[r] -= equal;
-            }
+            if (ACROSS) add_to(sums + i, total);
+            if (ACROSS && ACROSS_HATS) add_to(more_sums + i, plain_total);
+            if (across) { store(rows.places.where + i, at); store(rows.places.count + i, equals); }
         }
-        if (ACROSS) add_to(sums + i, total);
-        if (ACROSS && ACROSS_HATS) add_to(more_sums + i, plain_total);
-        if (across) { store(rows.places.where + i, at); store(rows.places.count + i, equals); }
+        for (int r = 0; r < R && DOWN; ++r) { rest[r] += sum_of(s[r]); if (DOWN_HATS) plain_rest[r] += sum_of(plain[r]); }
     }
     for (int r = 0; r < R && FIND == IN_ROWS; ++r) {
         rows.places.where[row + r] = max_of(where[r]);
@@ -86,21 +90,22 @@ inline void product_rows(const Rows& rows, int64_t row, const T* x, const T* dy,
     for (; i < n; ++i)
         for (int r = 0; r < R; ++r) {
             const float d = get(dy + r * rows.stride + i), hat = norm[r].hat(get(x + r * rows.stride + i), i);
-            const float v = norm[r].full(hat, i), t = v * d, a = rows.across ? rows.across[i] : 1.f;
-            if (ACROSS_HATS && ACROSS) { sums[i] += hat * (d * own[r][0]); more_sums[i] += d * own[r][0]; }
+            const float v = norm[r].full(hat, i), a = rows.across ? rows.across[i] : 1.f;
+            const double t = double(v) * d;
+            if (ACROSS_HATS && ACROSS) { sums[i] += double(hat) * (d * own[r][0]); more_sums[i] += d * own[r][0]; }
             else if (ACROSS) sums[i] += t * own[r][0];
-            if (DOWN_HATS && DOWN) { rest[r] += hat * (d * a); plain_rest[r] += d * a; }
+            if (DOWN_HATS && DOWN) { rest[r] += double(hat) * (d * a); plain_rest[r] += d * a; }
             else if (DOWN) rest[r] += t * a;
             if (FIND == ACROSS_ROWS && (rows.gated ? v * own[r][0] : v) == rows.max[i]) note_one(rows.places, i, row + r);
             if (FIND == IN_ROWS && (rows.gated ? v * a : v) == rows.max[row + r]) note_one(rows.places, row + r, i);
         }
-    for (int r = 0; r < R && DOWN; ++r) { found[r] = sum_of(s[r]) + rest[r]; found[R + r] = sum_of(plain[r]) + plain_rest[r]; }
+    for (int r = 0; r < R && DOWN; ++r) { found[r] = float(rest[r]); found[R + r] = float(plain_rest[r]); }
 }
 
 // of a row the sum of x * dy, with a norm of hat * dy, and then the sum of dy
 template <class Norm, class T>
 inline void product_row(const T* x, const T* dy, const Norm& norm, int64_t n, float* found, float* plain) {
-    constexpr int64_t BLOCK = 2048;
+    constexpr int64_t BLOCK = 4 * SHORT * W;
     double total = 0, alone = 0;
     for (int64_t first = 0; first < n; first += BLOCK) {
         const int64_t last = std::min(n, first + BLOCK);
@@ -120,7 +125,7 @@ inline void product_row(const T* x, const T* dy, const Norm& norm, int64_t n, fl
         }
         for (; i < last; ++i) {
             const float d = get(dy + i);
-            total += norm.hat(get(x + i), i) * d;
+            total += double(norm.hat(get(x + i), i)) * d;
             if (Norm::NORM) alone += d;
         }
         total += sum_of((s[0] + s[1]) + (s[2] + s[3]));
@@ -229,7 +234,7 @@ inline void weigh_rows(const T* x, const Affine* affine, int64_t channel, int64_
     while (i + W <= n) {
         Vec s[R];
         for (int r = 0; r < R; ++r) s[r] = hats_of[r] = splat(0.f);
-        for (const int64_t end = std::min(n, i + 512 * W); i + W <= end; i += W, here += W) {
+        for (const int64_t end = std::min(n, i + SHORT * W); i + W <= end; i += W, here += W) {
             const Vec w = SUM ? load(weights + i) : splat(0.f);
             if (R > 1) prefetch<R>(x, n, n, i);
             for (int r = 0; r < R; ++r) {
@@ -251,7 +256,7 @@ inline void weigh_rows(const T* x, const Affine* affine, int64_t channel, int64_
         int32_t place = max_of(last[r]), places = sum_of(equals[r]);
         for (int64_t k = i; k < n; ++k) {
             const float hat = norm[r].hat(get(x + r * n + k), k);
-            if (SUM) total[r] += hat * weights[k];
+            if (SUM) total[r] += double(hat) * weights[k];
             if (FIND && norm[r].full(hat, k) == max[r]) { place = int32_t(k); ++places; at_maxima[r] += hat; }
         }
         if (SUM) found[r] = float(total[r]);
@@ -291,7 +296,7 @@ inline float tied_row(const T* x, const Norm& norm, float gate, const float* mea
     int64_t i = 0;
     while (i + W <= n) {
         Vec s = splat(0.f), p = s;
-        for (const int64_t end = std::min(n, i + 512 * W); i + W <= end; i += W) {
+        for (const int64_t end = std::min(n, i + SHORT * W); i + W <= end; i += W) {
             const Vec hat = norm.hat(load(x + i), i);
             const Int equal = norm.full(hat, i) * splat(gate) == load(top + i);
             const Vec part = load(mean + i) + (equal ? load(share + i) : splat(0.f));
@@ -303,7 +308,7 @@ inline float tied_row(const T* x, const Norm& norm, float gate, const float* mea
     }
     for (; i < n; ++i) {
         const float hat = norm.hat(get(x + i), i), part = mean[i] + (norm.full(hat, i) * gate == top[i] ? share[i] : 0.f);
-        total += hat * part;
+        total += double(hat) * part;
         got += part;
     }
     *plain = float(got);
@@ -357,7 +362,7 @@ inline void weigh_positions(const T* x, const Affine* affine, int64_t n, const f
             const float hat = norm.hat(get(x + r * n + i), i), v = norm.full(hat, i);
             if (SUM) {
                 const float part = given.mean[r] + (TIED && (gates ? v * gates[i] : v) == given.top[r] ? given.share[r] : 0.f);
-                found.sum[i] += hat * part;
+                found.sum[i] += double(hat) * part;
                 if (TIED && Norm::NORM) found.plain[i] += part;
             }
             if (!FIND || v != max[i]) continue;

@@ -3,7 +3,7 @@
 // sum, and if asked the maximum, of x[i] * factor[i], or of x[i] without factors
 template <bool MAX, bool FACTOR, class Norm, class T>
 inline float reduce_row(const T* x, const Norm& norm, const float* factor, int64_t n, float* max) {
-    constexpr int64_t BLOCK = 2048;
+    constexpr int64_t BLOCK = 4 * SHORT * W;
     double total = 0;
     Vec m0 = splat(LOWEST), m1 = m0;
     float m = LOWEST;
@@ -26,7 +26,7 @@ inline float reduce_row(const T* x, const Norm& norm, const float* factor, int64
             s0 += a;
             if (MAX) m0 = a > m0 ? a : m0;
         }
-        float s = 0;
+        double s = 0;
         for (; i < last; ++i) {
             const float v = value(i);
             s += v;
@@ -141,7 +141,7 @@ inline Moments moments_of_row(const T* x, int64_t n, float near) {
     while (i + W <= n) {
         Vec s[2] = {splat(0.f), splat(0.f)}, q[2] = {splat(0.f), splat(0.f)};
         int one = 0;
-        for (const int64_t end = std::min(n, i + 256 * W); i + W <= end; i += W, one ^= 1) {
+        for (const int64_t end = std::min(n, i + 2 * SHORT * W); i + W <= end; i += W, one ^= 1) {
             const Vec v = load(x + i), d = v - k;
             s[one] += d; q[one] += d * d;
             top = v > top ? v : top; bottom = v < bottom ? v : bottom;

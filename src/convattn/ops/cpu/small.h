@@ -36,14 +36,18 @@ inline void correlate_some(const Padded* const* planes, int count, const float* 
         // what a row of the plane adds to the rows from FIRST to LAST
         auto add = [&](int64_t row, auto first, auto last) {
             const float *seen = planes[plane]->row(y + row) + x, *line = weights + (plane * kh + row) * kw;
+            // on its own first: one long sum would lose digits
+            Vec s[R][B];
+            for (int r = first; r < last; ++r) for (int b = 0; b < B; ++b) s[r][b] = splat(0.f);
             for (int64_t kx = 0; kx < kw; ++kx) {
                 Vec v[B];
                 for (int b = 0; b < B; ++b) v[b] = load(seen + kx + b * W);
                 for (int r = first; r < last; ++r) {
                     const Vec weight = splat(line[kx - r * kw]);
-                    for (int b = 0; b < B; ++b) a[r][b] += v[b] * weight;
+                    for (int b = 0; b < B; ++b) s[r][b] += v[b] * weight;
                 }
             }
+            for (int r = first; r < last; ++r) for (int b = 0; b < B; ++b) a[r][b] += s[r][b];
         };
         const std::integral_constant<int, 0> none{};
         const std::integral_constant<int, 1> one{};
@@ -82,7 +86,7 @@ inline void conv(const Plane& p, const float* summary, const float* weight, floa
 template <int K>
 inline void grad_line(const Padded& seen, const Padded& dy, const Plane& p, int64_t begin, int64_t end, int64_t ky, int64_t kx, double* found) {
     // so many rows that a sum in float32 stays short
-    const int64_t some = std::max<int64_t>(1, 1024 / p.w);
+    const int64_t some = std::max<int64_t>(1, 2 * SHORT * W / p.w);
     for (int64_t first = begin; first < end; first += some) {
         Vec a[K];
         for (int i = 0; i < K; ++i) a[i] = splat(0.f);
@@ -145,14 +149,41 @@ inline Vec exp_of(Vec x) {
     p = x < low ? splat(0.f) : p;
     return x > high ? splat(std::numeric_limits<float>::infinity()) : p;
 }
-inline Vec sigmoid_of(Vec x) { return splat(1.f) / (splat(1.f) + exp_of(-x)); }
+// the sigmoid g and 1 - g, each to its own last digits: the difference of 1 and a g near it would lose them
+struct Sigmoid { Vec gate, rest; };
+inline Sigmoid sigmoid_of(Vec x) {
+    const Int above = x > splat(0.f);
+    const Vec power = exp_of(above ? -x : x), more = splat(1.f) / (splat(1.f) + power), less = power * more;
+    return {above ? more : less, above ? less : more};
+}
+
+// the same of numbers and with results in double, to 10 digits
+struct WideSigmoid { Wide gate, rest; };
+inline WideSigmoid wide_sigmoid_of(Wide given) {
+    given = given < splat(-700.0) ? splat(-700.0) : given;
+    given = given > splat(700.0) ? splat(700.0) : given;
+    // x = k ln 2 + r: the sum with this number is rounded to an integer, which is in its last bits
+    const Wide magic = splat(6755399441055744.0), sum = given * splat(1.4426950408889634) + magic, k = sum - magic;
+    const Wide r = (given - k * splat(0.693145751953125)) - k * splat(1.42860682030941723212e-6);
+    Wide p = splat(1 / 40320.);
+    for (const double c : {1 / 5040., 1 / 720., 1 / 120., 1 / 24., 1 / 6., 0.5, 1., 1.}) p = p * r + splat(c);
+    typedef uint64_t Bits __attribute__((vector_size(8 * W)));
+    Bits bits; std::memcpy(&bits, &sum, sizeof bits);
+    bits = (bits + 1023) << 52;
+    Wide power; std::memcpy(&power, &bits, sizeof power);
+    const Wide rest = splat(1.0) / (splat(1.0) + p * power);
+    return {rest * (p * power), rest};
+}
 
 // a norm over all positions of a batch: absent where mean is null
 struct Norm {
     const float *weight, *bias, *mean, *var;
     float eps;
-    float scale() const { return mean ? (weight ? *weight : 1.f) / std::sqrt(*var + eps) : 1.f; }
-    float shift() const { return mean ? (bias ? *bias : 0.f) - *mean * scale() : 0.f; }
+    // (logit - middle) * scale + shift: the difference first, for what is large in both would take digits along
+    float middle() const { return mean ? *mean : 0.f; }
+    double inverse() const { return mean ? 1 / std::sqrt(double(*var) + eps) : 1; }
+    double scale() const { return (mean && weight ? *weight : 1) * inverse(); }
+    float shift() const { return mean && bias ? *bias : 0.f; }
 };
 
 // work(begin, end) for parts of n numbers; the parts are the same for any number of threads
@@ -183,22 +214,21 @@ inline void moments(int threads, int64_t n, const float* logits, float* mean, fl
     *var = float(total(middle, std::true_type{}));
 }
 
-// 1 + strength * (gate - 1), where the gate is a number, and 1 elsewhere; without strength the gate itself
-inline Vec blended(Vec gate, const float* strength) {
-    if (!strength) return gate;
-    const Vec less = gate == gate ? gate - splat(1.f) : splat(0.f);
-    return splat(1.f) + splat(*strength) * less;
+// 1 - strength * (1 - gate), where the gate is a number, and 1 elsewhere; without strength the gate itself
+inline Vec blended(const Sigmoid& of, const float* strength) {
+    if (!strength) return of.gate;
+    return splat(1.f) - splat(*strength) * (of.rest == of.rest ? of.rest : splat(0.f));
 }
-inline void blend(int64_t n, float* gate, const float* strength) {
+inline void blend(int64_t n, const float* logits, float* gate, const float* strength) {
     if (strength)
-        for (int64_t i = 0; i < n; i += W) store_some(gate + i, blended(load_some(gate + i, n - i), strength), n - i);
+        for (int64_t i = 0; i < n; i += W) store_some(gate + i, blended(sigmoid_of(load_some(logits + i, n - i)), strength), n - i);
 }
 // the gate is the sigmoid of normed logits
 inline void gate_of(int threads, int64_t n, const float* logits, const Norm& norm, const float* strength, float* gate) {
-    const Vec scale = splat(norm.scale()), shift = splat(norm.shift());
+    const Vec middle = splat(norm.middle()), scale = splat(float(norm.scale())), shift = splat(norm.shift());
     each_part(threads, n, [&](int64_t, int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i += W) {
-            const Vec normed = load_some(logits + i, end - i) * scale + shift;
+            const Vec normed = (load_some(logits + i, end - i) - middle) * scale + shift;
             store_some(gate + i, blended(sigmoid_of(normed), strength), end - i);
         }
     });
@@ -218,9 +248,16 @@ inline void dots(const float* x, const float* rows, int64_t n, int64_t width, fl
         }
     };
     int64_t i = 0;
-    for (; i + W <= n; i += W) add([&](const float* p) { return load(p + i); });
-    if (i < n) add([&](const float* p) { return load_some(p + i, n - i); });
-    for (int q = 0; q < Q; ++q) for (int r = 0; r < R; ++r) found[q * width + r] = sum_of(s[q][r]);
+    double total[Q][R] = {};
+    auto end = [&] {
+        for (int q = 0; q < Q; ++q) for (int r = 0; r < R; ++r) { total[q][r] += sum_of(s[q][r]); s[q][r] = splat(0.f); }
+    };
+    while (i + W <= n) {
+        for (const int64_t last = std::min(n, i + SHORT * W); i + W <= last; i += W) add([&](const float* p) { return load(p + i); });
+        end();
+    }
+    if (i < n) { add([&](const float* p) { return load_some(p + i, n - i); }); end(); }
+    for (int q = 0; q < Q; ++q) for (int r = 0; r < R; ++r) found[q * width + r] = float(total[q][r]);
 }
 // out (count, width) = x (count, n) times the transposed of `rows` (width, n): the products of some rows in each unit of work
 inline void times_transposed(int threads, const float* x, int64_t count, const float* rows, int64_t width, int64_t n, float* out) {
@@ -250,9 +287,12 @@ inline void rows_times(const Strided& a, int64_t first, const float* matrix, int
     const float* from[Q];
     for (int q = 0; q < Q; ++q) from[q] = a.at + (first + q) * a.row;
     auto block = [&](int64_t i, auto at, auto to) {
-        Vec s[Q][2];
-        for (int q = 0; q < Q; ++q) s[q][0] = s[q][1] = splat(0.f);
+        Vec s[Q][2], all[Q][2];
+        for (int q = 0; q < Q; ++q) s[q][0] = s[q][1] = all[q][0] = all[q][1] = splat(0.f);
         for (int64_t k = 0; k < rows; ++k) {
+            if (k % SHORT == 0)
+                for (int q = 0; q < Q; ++q)
+                    for (int j = 0; j < 2; ++j) { all[q][j] += s[q][j]; s[q][j] = splat(0.f); }
             const Vec v = at(matrix + k * n + i, n - i), w = at(matrix + k * n + i + W, n - i - W);
             for (int q = 0; q < Q; ++q) {
                 const Vec f = splat(from[q][k * a.column]);
@@ -260,7 +300,7 @@ inline void rows_times(const Strided& a, int64_t first, const float* matrix, int
             }
         }
         for (int q = 0; q < Q; ++q)
-            for (int j = 0; j < 2; ++j) to(out + (first + q) * n + i + j * W, s[q][j], n - i - j * W);
+            for (int j = 0; j < 2; ++j) to(out + (first + q) * n + i + j * W, all[q][j] + s[q][j], n - i - j * W);
     };
     int64_t i = 0;
     for (; i + 2 * W <= n; i += 2 * W)
@@ -299,7 +339,7 @@ inline void mlp(const Sizes& z, const float* pooled, const Layer& one, const Lay
     parallel(z.threads, z.b, [&](int64_t sample) {
         float *out = logits + sample * z.c, *g = gate + sample * z.c;
         for (int64_t j = 0; j < z.c && two.bias; ++j) out[j] += float(z.pools) * two.bias[j];
-        for (int64_t i = 0; i < z.c; i += W) store_some(g + i, sigmoid_of(load_some(out + i, z.c - i)), z.c - i);
+        for (int64_t i = 0; i < z.c; i += W) store_some(g + i, sigmoid_of(load_some(out + i, z.c - i)).gate, z.c - i);
     });
 }
 
@@ -313,8 +353,8 @@ inline void grad_mlp(const Sizes& z, const float* pooled, const float* weight, c
     parallel(z.threads, z.b, [&](int64_t sample) {
         float* d = &dlogits[sample * z.c];
         for (int64_t i = 0; i < z.c; i += W) {
-            const Vec g = sigmoid_of(load_some(logits + sample * z.c + i, z.c - i));
-            store_some(d + i, load_some(dgate + sample * z.c + i, z.c - i) * (splat(1.f) - g) * g, z.c - i);
+            const WideSigmoid of = wide_sigmoid_of(widened(load_some(logits + sample * z.c + i, z.c - i)));
+            store_some(d + i, narrowed(widened(load_some(dgate + sample * z.c + i, z.c - i)) * of.rest * of.gate), z.c - i);
         }
     });
     times(z.threads, Strided{dlogits.data(), z.c, 1}, z.b, second, z.c, z.width, dhidden.data());
@@ -325,9 +365,10 @@ inline void grad_mlp(const Sizes& z, const float* pooled, const float* weight, c
     times(z.threads, Strided{dfirst.data(), 1, z.width}, z.width, pooled, rows, z.c, one.weight);
     times(z.threads, Strided{dlogits.data(), 1, z.c}, z.c, hidden, z.b, z.width, two.weight);
     auto add = [](const std::vector<float>& d, int64_t rows, int64_t n, float factor, float* to) {
-        std::fill(to, to + n, 0.f);
+        std::vector<double> total(size_t(n), 0.0);
         for (int64_t row = 0; row < rows; ++row)
-            for (int64_t i = 0; i < n; ++i) to[i] += factor * d[size_t(row * n + i)];
+            for (int64_t i = 0; i < n; ++i) total[size_t(i)] += d[size_t(row * n + i)];
+        for (int64_t i = 0; i < n; ++i) to[i] = float(factor * total[size_t(i)]);
     };
     if (one.bias) add(dfirst, rows, z.width, 1.f, one.bias);
     if (two.bias) add(dlogits, z.b, z.c, float(z.pools), two.bias);
@@ -336,25 +377,29 @@ inline void grad_mlp(const Sizes& z, const float* pooled, const float* weight, c
 // gradients of logits, and of norm and strength into sums: weight, bias, strength
 inline void grad_gate_of(int threads, int64_t n, const float* logits, const Norm& norm, bool training, const float* strength,
                          const float* dgate, float* dlogits, float* sums) {
-    const float a = norm.scale(), b = norm.shift(), middle = norm.mean ? *norm.mean : 0.f;
-    const float deviation = norm.mean ? 1 / std::sqrt(*norm.var + norm.eps) : 1.f;
+    const Wide middle = splat(double(norm.middle())), scale = splat(norm.scale()), shift = splat(double(norm.shift())), inverse = splat(norm.inverse());
+    const Wide nothing = splat(0.0);
     struct Sums { double weight, bias, strength; };
     std::vector<Sums> partial(size_t(units(n, PART)), Sums{0, 0, 0});
     each_part(threads, n, [&](int64_t part, int64_t begin, int64_t end) {
         double weight[W] = {}, bias[W] = {}, strengths[W] = {};
         for (int64_t i = begin; i < end; i += W) {
             const Vec z = load_some(logits + i, end - i);
-            Vec d = load_some(dgate + i, end - i);
-            const Vec g = sigmoid_of(z * splat(a) + splat(b));
+            const Wide central = widened(z) - middle;
+            Wide normed = central * scale + shift, d = widened(load_some(dgate + i, end - i));
             if (strength) {
-                const Vec less = g == g ? g - splat(1.f) : splat(0.f);
-                add_to(strengths, d * less);
-                d = g == g ? d * splat(*strength) : splat(0.f);
+                // what is no number was blended to 1
+                d = normed == normed ? d : nothing; normed = normed == normed ? normed : nothing;
             }
-            d *= (splat(1.f) - g) * g;
+            const WideSigmoid of = wide_sigmoid_of(normed);
+            if (strength) {
+                add_to(strengths, -d * of.rest);
+                d *= splat(double(*strength));
+            }
+            d *= of.rest * of.gate;
             add_to(bias, d);
-            add_to(weight, d * ((z - splat(middle)) * splat(deviation)));
-            store_some(dlogits + i, d, end - i);
+            add_to(weight, d * (central * inverse));
+            store_some(dlogits + i, narrowed(d), end - i);
         }
         for (int i = 0; i < W; ++i) { partial[part].weight += weight[i]; partial[part].bias += bias[i]; partial[part].strength += strengths[i]; }
     });
@@ -362,11 +407,11 @@ inline void grad_gate_of(int threads, int64_t n, const float* logits, const Norm
     for (const Sums& one : partial) { total.weight += one.weight; total.bias += one.bias; total.strength += one.strength; }
     sums[0] = float(total.weight); sums[1] = float(total.bias); sums[2] = float(total.strength);
     if (!norm.mean) return;
-    const float slope = training ? float(total.weight / double(n)) * deviation : 0.f, level = training ? float(total.bias / double(n)) : 0.f;
+    const Wide slope = splat(training ? total.weight / double(n) * norm.inverse() : 0.0), level = splat(training ? total.bias / double(n) : 0.0);
     each_part(threads, n, [&](int64_t, int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i += W) {
-            const Vec z = load_some(logits + i, end - i), d = load_some(dlogits + i, end - i);
-            store_some(dlogits + i, (d - splat(level) - (z - splat(middle)) * splat(slope)) * splat(a), end - i);
+            const Wide z = widened(load_some(logits + i, end - i)), d = widened(load_some(dlogits + i, end - i));
+            store_some(dlogits + i, narrowed((d - level - (z - middle) * slope) * scale), end - i);
         }
     });
 }
@@ -383,8 +428,8 @@ inline float grad_blend(int64_t n, const float* logits, const float* strength, f
     if (!strength) return 0;
     double found[W] = {}, total = 0;
     for (int64_t i = 0; i < n; i += W) {
-        const Vec g = sigmoid_of(load_some(logits + i, n - i)), d = load_some(dgate + i, n - i);
-        add_to(found, d * (g == g ? g - splat(1.f) : splat(0.f)));
+        const Vec rest = sigmoid_of(load_some(logits + i, n - i)).rest, d = load_some(dgate + i, n - i);
+        add_to(found, rest == rest ? -d * rest : splat(0.f));
         store_some(dgate + i, d * splat(*strength), n - i);
     }
     for (const double one : found) total += one;

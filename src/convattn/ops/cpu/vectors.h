@@ -54,11 +54,22 @@ inline bool none(Int v) {
     Long l; std::memcpy(&l, &v, sizeof l);
     return !(l[0] | l[1] | l[2] | l[3]);
 }
+// so many numbers are summed in float32, and those sums in double: what is left of a long sum may be small beside it
+constexpr int64_t SHORT = 8;
 // adds numbers in float32 to sums in double
 typedef double Wide __attribute__((vector_size(8 * W)));
 inline void add_to(double* sum, Vec v) {
     Wide s; std::memcpy(&s, sum, sizeof s);
     s += __builtin_convertvector(v, Wide);
+    std::memcpy(sum, &s, sizeof s);
+}
+
+inline Wide widened(Vec v) { return __builtin_convertvector(v, Wide); }
+inline Vec narrowed(Wide v) { return __builtin_convertvector(v, Vec); }
+inline Wide splat(double v) { return Wide{v, v, v, v, v, v, v, v}; }
+inline void add_to(double* sum, Wide v) {
+    Wide s; std::memcpy(&s, sum, sizeof s);
+    s += v;
     std::memcpy(sum, &s, sizeof s);
 }
 
