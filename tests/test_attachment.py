@@ -25,14 +25,13 @@ from tolerances import assert_close, is_close
 
 GATES = convattn.names("gate")
 HEADS = convattn.names("head")
-# networks that take long, one of whose kind is there already
-LARGE = ("timm:resnet50",)
+# networks that take long
+LARGE = ("timm:resnet50", "torchvision:resnet50")
 NETWORKS = (
     "resnet20",
     "timm:resnet18",
     "timm:seresnet18",
     "torchvision:resnet18",
-    "torchvision:resnet50",
     *(pytest.param(one, marks=pytest.mark.slow) for one in LARGE),
 )
 BLOCKS = {"resnet20": 9, "timm:resnet18": 8, "timm:seresnet18": 8, "torchvision:resnet18": 8}
@@ -130,6 +129,8 @@ def plain_runs(network: str) -> tuple[list[Run], dict[str, torch.Tensor]]:
     return runs, model.state_dict()
 
 
+@pytest.mark.slow_unless(network="resnet20", attention=["cbam", "spatial", "se", "dual", "concat", "cbam+dual"])
+@pytest.mark.slow_unless(id=["timm:seresnet18-cbam", "torchvision:resnet18-dual"])
 @pytest.mark.parametrize(
     "network, attention",
     [(name, one) for name in ("resnet20", "timm:resnet18") for one in (*GATES, *HEADS, "cbam+dual")]
@@ -138,7 +139,6 @@ def plain_runs(network: str) -> tuple[list[Run], dict[str, torch.Tensor]]:
         for name in ("timm:seresnet18", "torchvision:resnet18")
         for one in ("se", "cbam", "dual", "cbam+dual")
     ]
-    + [("torchvision:resnet50", one) for one in ("se", "cbam+dual")]
     + [pytest.param(name, one, marks=pytest.mark.slow) for name in LARGE for one in ("se", "cbam+dual")],
 )
 def test_start_is_exact(network: str, attention: str) -> None:
@@ -163,6 +163,7 @@ def test_start_is_exact(network: str, attention: str) -> None:
         assert not is_close(model.float().eval()(run.x), plain(network)(run.x))
 
 
+@pytest.mark.slow_unless(training=True)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_attention_takes_dtype_and_mode_of_the_network(dtype: torch.dtype, training: bool) -> None:
@@ -176,6 +177,7 @@ def test_attention_takes_dtype_and_mode_of_the_network(dtype: torch.dtype, train
     assert not any(module.training for module in model.eval().modules())
 
 
+@pytest.mark.slow_unless(network=["small", "timm:seresnet18"])
 @each_small
 def test_start_is_exact_under_autocast(network: str) -> None:
     original, model = plain(network), attach(plain(network), "cbam+dual")
@@ -187,6 +189,7 @@ def test_start_is_exact_under_autocast(network: str) -> None:
         assert not is_close(model(x), original(x))
 
 
+@pytest.mark.slow_unless(network=["resnet20", "torchvision:resnet18"])
 @each_network
 def test_gradients_reach_strength_first_and_then_the_gates(network: str) -> None:
     model = attach(plain(network), "cbam+dual").train()
@@ -229,6 +232,8 @@ def test_gate_stands_before_the_sum(attention: str) -> None:
     assert_close(block(x), torch.relu(gated + original.downsample(x)))
 
 
+@pytest.mark.slow_unless(network="resnet20")
+@pytest.mark.slow_unless(head="dual")
 @pytest.mark.parametrize("network", ["resnet20", "timm:resnet18", "torchvision:resnet18"])
 @pytest.mark.parametrize("head", HEADS)
 def test_head_stands_beside_the_pooling(network: str, head: str) -> None:
@@ -260,6 +265,8 @@ def test_network_with_another_pooling_keeps_it() -> None:
 # back
 
 
+@pytest.mark.slow_unless(network="resnet20")
+@pytest.mark.slow_unless(id="cbam+dual-timm:resnet18")
 @each_network
 @each_attention
 def test_detach_leaves_no_trace(network: str, attention: str) -> None:
@@ -293,6 +300,8 @@ def test_attach_again_after_detach() -> None:
 # names
 
 
+@pytest.mark.slow_unless(network="resnet20")
+@pytest.mark.slow_unless(id="se-timm:seresnet18")
 @each_network
 @each_attention
 def test_names_of_the_network_stay(network: str, attention: str) -> None:
@@ -327,6 +336,7 @@ def test_names_of_the_network_stay(network: str, attention: str) -> None:
     assert sum(added.values()) == sum(site.parameters for site in chosen)
 
 
+@pytest.mark.slow_unless(network=["resnet20", "torchvision:resnet18"])
 @each_network
 def test_checkpoints_go_both_ways(network: str) -> None:
     first, second = plain(network), attach(plain(network), "cbam+dual")
@@ -354,6 +364,7 @@ def test_checkpoints_go_both_ways(network: str) -> None:
         assert torch.equal(third(x), first(x))
 
 
+@pytest.mark.slow_unless(network="small")
 @each_small
 @pytest.mark.parametrize("assign", [False, True])
 def test_checkpoint_of_an_attached_network(network: str, assign: bool) -> None:
@@ -406,6 +417,7 @@ def published(network: str, **options: Any) -> nn.Module:
         return networks.resnet20(**options) if network == "resnet20" else networks.create(network)
 
 
+@pytest.mark.slow_unless(expected=[11776552, 11779392, 28073544, 274490])
 @pytest.mark.parametrize(
     "network, attention, options, expected",
     [
@@ -439,6 +451,7 @@ def test_parameter_counts_of_the_papers_code(
     assert sum(parameter.numel() for parameter in model.parameters()) == expected + len(sites)
 
 
+@pytest.mark.slow_unless(network=["resnet20", "timm:seresnet18"])
 @pytest.mark.parametrize("network, count", [*BLOCKS.items(), ("timm:resnet50", 16), ("torchvision:resnet50", 16)])
 def test_sites(network: str, count: int) -> None:
     sites = plan(plain(network), "cbam+dual")
@@ -468,6 +481,7 @@ def test_plan_prints_as_a_table() -> None:
     assert lines == [line.rstrip() for line in lines]
 
 
+@pytest.mark.slow_unless(network=["resnet20", "timm:seresnet18"])
 @each_network
 def test_plan_is_pure(network: str) -> None:
     model = plain(network).train()
@@ -489,6 +503,7 @@ def refused(model: nn.Module, error: type[Exception], match: str, *args: Any, **
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow_unless(id=["se-se", "cbam+dual-cbam", "cbam+dual-cbam+dual", "max-dual"])
 @pytest.mark.parametrize("first", ["se", "cbam", "dual", "cbam+dual"])
 @pytest.mark.parametrize("second", ["se", "cbam+dual", "max"])
 def test_second_attention_at_a_site_is_refused(first: str, second: str) -> None:
@@ -524,6 +539,7 @@ def test_two_modules_for_the_same_sites(attention: str) -> None:
     refused(plain("small"), errors.AttachError, "two modules for the same sites", attention)
 
 
+@pytest.mark.slow_unless(network=["resnet20", "torchvision:resnet18"])
 @each_network
 def test_concat_is_mapped_to_the_width_of_the_classifier(network: str) -> None:
     original, model = plain(network), plain(network)
@@ -575,6 +591,7 @@ def test_options_go_to_the_module_that_takes_them() -> None:
     assert spatial.layer1[0].bn2.attention.conv.kernel_size == (5, 5)
 
 
+@pytest.mark.slow_unless(network="vgg11_bn")
 @pytest.mark.parametrize("network", ["vgg11_bn", "densenet121"])
 def test_network_without_residual_blocks(network: str) -> None:
     with torch.device("meta"):
@@ -638,6 +655,7 @@ def test_plans_made_first_are_attached_one_after_the_other(second: str) -> None:
     assert len(attached(attach(detach(model), anew))) == 1
 
 
+@pytest.mark.slow_unless(planned="small")
 @pytest.mark.parametrize(
     "planned, network",
     [("torchvision:resnet50", "small"), ("small", "torchvision:resnet18"), ("timm:resnet18", "timm:resnet50")],
@@ -646,6 +664,7 @@ def test_plan_of_another_network_is_refused(planned: str, network: str) -> None:
     refused(plain(network), errors.AttachError, "The model was not changed", plan(plain(planned), "se"))
 
 
+@pytest.mark.slow_unless(failing=5)
 @pytest.mark.parametrize("failing", [1, 3, 4, 5, 7, 12])
 def test_failure_in_the_middle_changes_nothing(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # one module for each of the four sizes of maps is built to be counted, and eight to be attached
@@ -674,6 +693,7 @@ def test_failure_in_the_middle_changes_nothing(failing: int, monkeypatch: pytest
 # what others do with networks
 
 
+@pytest.mark.slow_unless(network="small")
 @each_small
 @pytest.mark.parametrize(
     "copied",
@@ -719,6 +739,7 @@ def check_compiled(network: str, attention: str) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_compile() -> None:
     check_compiled("small", "cbam+dual")
 
@@ -730,6 +751,7 @@ def test_compile_of_large_networks(network: str, attention: str) -> None:
     check_compiled(network, attention)
 
 
+@pytest.mark.slow_unless(network="small")
 @pytest.mark.parametrize("network, attention", [("small", "cbam+dual"), ("timm:resnet18", "se")])
 def test_export(network: str, attention: str) -> None:
     model = moved(network, attention)
@@ -740,6 +762,7 @@ def test_export(network: str, attention: str) -> None:
         assert_close(exported.module()(batch), model(batch))
 
 
+@pytest.mark.slow_unless(attention="cbam+dual")
 @pytest.mark.parametrize("attention", ["se", "cbam", "cbam+dual"])
 def test_symbolic_trace_and_fusion(attention: str) -> None:
     model = moved("torchvision:resnet18", attention)
@@ -753,6 +776,7 @@ def test_symbolic_trace_and_fusion(attention: str) -> None:
     assert not is_close(plain("torchvision:resnet18")(x), expected)
 
 
+@pytest.mark.slow_unless(network=["small", "torchvision:resnet18"])
 @each_small
 def test_conversion_to_sync_batch_norm_keeps_the_attention(network: str) -> None:
     model = moved(network, "cbam+dual")
@@ -770,6 +794,7 @@ def test_conversion_to_sync_batch_norm_keeps_the_attention(network: str) -> None
     assert not any(isinstance(module, Attached) for module in detach(converted).modules())
 
 
+@pytest.mark.slow_unless(network="small")
 @each_small
 def test_functional_call(network: str) -> None:
     model = moved(network, "cbam+dual")
@@ -794,6 +819,7 @@ def test_functional_call(network: str) -> None:
         )
 
 
+@pytest.mark.slow_unless(network="small")
 @each_small
 def test_moves_and_conversions(network: str) -> None:
     model = moved(network, "cbam+dual")
@@ -817,6 +843,7 @@ def test_attach_without_memory() -> None:
     assert torch.equal(model(x), other(x))
 
 
+@pytest.mark.slow_unless(network=["small", "torchvision:resnet18"])
 @each_small
 def test_channels_last(network: str) -> None:
     original = plain(network).to(memory_format=torch.channels_last)

@@ -19,6 +19,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "SMALL", (1, 8, 3, 3))
 
 
+@pytest.mark.slow_unless(op="se")
 @pytest.mark.parametrize(("op", "against"), [("cbam", ["timm", "plain"]), ("se", ["timm", "torchvision", "plain"])])
 def test_every_map_in_both_orders_and_modes(small: None, op: str, against: list[str]) -> None:
     lines: list[str] = []
@@ -52,6 +53,7 @@ def test_a_candidate_that_computes_something_else_is_not_timed(small: None, monk
         bench.run(against=["timm"], shapes=[SHAPE], repeats=3)
 
 
+@pytest.mark.slow
 def test_a_network(small: None, tmp_path: Path) -> None:
     result = bench.run("se", network="resnet18", against=["timm", "plain"], shapes=[], repeats=3, batch=2, side=32)
     assert [row.memory_format for row in result.networks] == ["first", "last"]
@@ -64,6 +66,7 @@ def test_a_network(small: None, tmp_path: Path) -> None:
     assert (folder / "figure.svg").read_text().startswith("<?xml")
 
 
+@pytest.mark.slow
 def test_half_precision(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[torch.dtype] = set()
 

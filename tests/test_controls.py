@@ -56,6 +56,7 @@ def test_parts(name: str, expected: tuple[str | None, str]) -> None:
 # size
 
 
+@pytest.mark.slow_unless(variant=["se", "spatial", "dual", "cbam+dual"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_placebo_has_the_parameters_of_its_variant(variant: str) -> None:
     own, placebo = built(variant), built(f"placebo:{variant}")
@@ -64,6 +65,8 @@ def test_a_placebo_has_the_parameters_of_its_variant(variant: str) -> None:
     assert all(torch.equal(*pair) for pair in zip(own.parameters(), placebo.parameters(), strict=True))
 
 
+@pytest.mark.slow_unless(start="paper", variant=["spatial", "dual"])
+@pytest.mark.slow_unless(start="identity", variant="cbam")
 @pytest.mark.parametrize("start", ["paper", "identity"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_adapter_has_about_the_parameters_of_its_variant(variant: str, start: str) -> None:
@@ -96,6 +99,7 @@ def test_the_nearest_bottleneck() -> None:
             assert cost.parameters(made) == found
 
 
+@pytest.mark.slow_unless(variant="dual")
 @pytest.mark.parametrize("variant", ["cbam", "dual", "cbam+dual"])
 def test_a_wider_network_is_the_nearest_one(variant: str) -> None:
     base, own = cost.parameters(built("baseline")), cost.parameters(built(variant))
@@ -111,6 +115,7 @@ def test_a_wider_network_is_the_nearest_one(variant: str) -> None:
 # at the start
 
 
+@pytest.mark.slow_unless(variant=["se", "dual", "cbam+dual"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", ["placebo", "adapter"])
 def test_the_start_is_the_baseline_to_the_bit(kind: str, variant: str) -> None:
@@ -133,6 +138,8 @@ def test_the_weights_of_a_wider_network_depend_on_the_seed_alone() -> None:
     assert not torch.equal(one["conv1.weight"], other["conv1.weight"])
 
 
+@pytest.mark.slow_unless(kind="placebo", start="paper", variant="se")
+@pytest.mark.slow_unless(kind="adapter", start="identity", variant="cbam+dual")
 @pytest.mark.parametrize("start", ["paper", "identity"])
 @pytest.mark.parametrize("variant", ["se", "cbam", "cbam+dual"])
 @pytest.mark.parametrize("kind", ["placebo", "adapter"])
@@ -290,6 +297,7 @@ def test_the_search_leaves_random_numbers_alone() -> None:
     assert torch.equal(wider.conv1.weight, again.conv1.weight)
 
 
+@pytest.mark.slow_unless(name="torchvision:mobilenet_v3_small")
 @pytest.mark.parametrize(
     "name, within", [("timm:resnet18", 0.01), ("torchvision:mobilenet_v3_small", 0.02), ("torchvision:resnet50", 0.02)]
 )

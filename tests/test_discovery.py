@@ -167,6 +167,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.slow_unless(name=["resnet18", "efficientnet_b0", "convnext_atto", "regnety_002", "edgenext_xx_small"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_of_timm(name: str) -> None:
     count, reasons = NETWORKS[name]
@@ -179,6 +180,7 @@ def test_networks_of_timm(name: str) -> None:
         assert torch.equal(attach(network, found)(x), expected)
 
 
+@pytest.mark.slow_unless(name=["mobilenetv2_050", "convnext_atto"])
 @pytest.mark.parametrize("name", ["resnet18", "resnet26", "mobilenetv2_050", "efficientnet_b0", "convnext_atto"])
 def test_blocks_on_maps_of_one_position(name: str) -> None:
     network = timm.create_model(name).eval()
@@ -238,6 +240,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.slow_unless(name=["repvit_m1", "poolformer_s12", "ghostnet_050", "test_nfnet"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_with_linear_sums(name: str) -> None:
     found = plan(timm.create_model(name).eval(), "se", example=torch.randn(1, 3, 64, 64))

@@ -128,6 +128,7 @@ def test_the_error_is_that_of_the_likeliest_size(model: nn.Module, shown: str) -
 TIMM = {"test_maxvit": 160, "eca_botnext26ts_256": 256, "csatv2": 512}
 
 
+@pytest.mark.slow_unless(name=["test_maxvit", "eca_botnext26ts_256"])
 @pytest.mark.parametrize("name", TIMM)
 def test_networks_of_timm_of_one_size(name: str) -> None:
     with torch.device("meta"):

@@ -49,6 +49,8 @@ def check(model: nn.Module, layer: str, x: torch.Tensor) -> nn.Sequential:
     return cut
 
 
+@pytest.mark.slow_unless(name="torchvision:resnet18")
+@pytest.mark.slow_unless(name="timm:resnet18", layer="layer4")
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18", "torchvision:resnet50", "timm:resnet50"])
 @pytest.mark.parametrize("layer", ["conv1", "bn1", "maxpool", "layer1", "layer2", "layer3", "layer4"])
 def test_stages_of_resnets(name: str, layer: str) -> None:
@@ -56,6 +58,7 @@ def test_stages_of_resnets(name: str, layer: str) -> None:
     assert next(reversed(cut._modules)) == layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18"])
 def test_every_layer_is_right_or_refused(name: str) -> None:
     model, x = network(name), images(32)
@@ -118,6 +121,7 @@ def test_modes_stay_after_a_failure() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.slow_unless(attention="se+dual")
 @pytest.mark.parametrize("attention", ["cbam", "se+dual"])
 def test_attached_networks(attention: str) -> None:
     model = attach(networks.create("torchvision:resnet18").eval(), attention)

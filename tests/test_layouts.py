@@ -399,6 +399,7 @@ def randomized(module: nn.Module) -> nn.Module:
     return module
 
 
+@pytest.mark.slow_unless(training=False)
 @each_live
 @each_training
 def test_computes_what_they_compute(live: Live, training: bool) -> None:

@@ -117,6 +117,7 @@ def test_timm_brings_its_own_normalization() -> None:
     assert network.num_classes == 1000
 
 
+@pytest.mark.slow_unless(name=["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "densenet121"])
 @pytest.mark.parametrize(
     "name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "densenet121", "convnext_tiny"]
 )
@@ -157,6 +158,14 @@ def first_loss(network: nn.Module, seed: int = 0) -> float:
     return nn.functional.cross_entropy(network.train()(images), labels).item()
 
 
+@pytest.mark.slow_unless(
+    name=[
+        "timm:mobilenetv3_small_100",
+        "timm:convnext_atto",
+        "torchvision:mnasnet0_5",
+        "torchvision:shufflenet_v2_x0_5",
+    ]
+)
 @pytest.mark.parametrize(
     "name",
     [
@@ -184,6 +193,7 @@ def state_of(network: nn.Module) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in network.state_dict().items()}
 
 
+@pytest.mark.slow_unless(name="ghostnet_050")
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "ghostnet_050", "levit_128s"])
 def test_classifier_is_that_of_timms_own_call(name: str) -> None:
     torch.manual_seed(3)
@@ -196,6 +206,7 @@ def test_classifier_is_that_of_timms_own_call(name: str) -> None:
     assert all(torch.equal(value, expected[key]) for key, value in ours.state_dict().items())
 
 
+@pytest.mark.slow_unless(name=["torchvision:efficientnet_b0", "resnet20"])
 @pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:resnet18", "torchvision:efficientnet_b0", "resnet20"])
 def test_own_number_of_classes_keeps_the_classifier(name: str) -> None:
     states = []
@@ -451,6 +462,7 @@ def test_weights_from_a_file(tmp_path: Path, name: str, wrapped: Any) -> None:
         assert torch.equal(network(x), original(x))
 
 
+@pytest.mark.slow_unless(name="timm:resnet18")
 @pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:resnet18"])
 def test_weights_from_a_file_for_others(tmp_path: Path, name: str) -> None:
     original = create(name, classes=3)
@@ -485,6 +497,7 @@ def test_other_number_of_classes_keeps_the_classifier_fresh(tmp_path: Path) -> N
         assert torch.equal(value, (fresh if key.startswith("linear") else original).state_dict()[key]), key
 
 
+@pytest.mark.slow_unless(name=["timm:tf_efficientnet_lite0", "timm:levit_128s", "torchvision:squeezenet1_1"])
 @pytest.mark.filterwarnings("ignore:The default weight initialization of GoogleNet:FutureWarning")
 @pytest.mark.parametrize(
     "name, classifiers",

@@ -293,6 +293,7 @@ def outcome(folder: Path) -> dict[str, object]:
     }
 
 
+@pytest.mark.slow_unless(id=["stops4-network", "stops7-dropping"])
 @pytest.mark.parametrize("function", ["network", "dropping"])
 @pytest.mark.parametrize("stops", [[1], [2], [3], [4], [5], [8], [9], [1, 1, 1], [4, 2, 1]])
 def test_a_run_goes_on_as_if_undisturbed(
@@ -329,6 +330,7 @@ def test_going_on_starts_from_the_checkpoint(
     assert [one.done for one in told] == pytest.approx([step / 9 for step in range(6, 10)])
 
 
+@pytest.mark.slow_unless(id=["1-0", "3-1000"])
 @pytest.mark.parametrize("seconds", [0, 1000])
 @pytest.mark.parametrize("evaluation", [1, 2, 3])
 def test_broken_off_while_an_epoch_is_evaluated(
@@ -352,6 +354,7 @@ def test_broken_off_while_an_epoch_is_evaluated(
     assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
 
 
+@pytest.mark.slow_unless(where="write")
 @pytest.mark.parametrize("where", ["_write_predictions", "write", "save"])
 def test_broken_off_while_results_are_written(
     images: Images, network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
@@ -403,6 +406,7 @@ ABOUT = {
 }
 
 
+@pytest.mark.slow_unless(start="identity")
 @pytest.mark.parametrize("variant", ["baseline", "se", "cbam+dual"])
 @pytest.mark.parametrize("start", ["identity", "paper"])
 def test_a_checkpoint_comes_back(tmp_path: Path, variant: str, start: str) -> None:

@@ -270,6 +270,21 @@ def image(model: nn.Module) -> torch.Tensor:
     return torch.randn(1, 3, *[32] * dimensions)
 
 
+@pytest.mark.slow_unless(
+    form=[
+        "bilinear",
+        "transposed",
+        "names exchanged",
+        "blocks as attributes",
+        "residual blocks",
+        "signals",
+        "flat",
+        "skips added",
+        "lists of sequences",
+        "sequences in parts",
+        "in a module",
+    ]
+)
 @pytest.mark.parametrize("form", FORMS)
 def test_blocks_and_stages_of_both_ways(form: str) -> None:
     make, blocks, stages = FORMS[form]
@@ -283,6 +298,7 @@ def test_blocks_and_stages_of_both_ways(form: str) -> None:
     assert sides == [32, 16, 8, 4, 2, 4, 8, 16, 32]
 
 
+@pytest.mark.slow_unless(form=["bilinear", "sequences in parts", "skips added"])
 @pytest.mark.parametrize("form", ["bilinear", "sequences in parts", "skips added", "volumes"])
 def test_gates_in_both_ways(form: str) -> None:
     model = FORMS[form][0]()
@@ -311,6 +327,7 @@ LIBRARY: dict[str, tuple[str, int, int, str]] = {
 }
 
 
+@pytest.mark.slow_unless(name=["Unet", "Linknet", "DeepLabV3Plus"])
 @pytest.mark.parametrize("name", LIBRARY)
 def test_networks_of_a_library(name: str) -> None:
     encoder, encoding, decoding, final = LIBRARY[name]

@@ -221,6 +221,10 @@ def test_a_network_without_attention() -> None:
 # gates that are constant by construction
 
 
+@pytest.mark.slow_unless(start="paper", dtype=torch.float32)
+@pytest.mark.slow_unless(
+    id=["se-identity-torch.float64", "cbam-identity-torch.float64", "channel-identity-torch.float64"]
+)
 @pytest.mark.parametrize("dtype", RELATIVE, ids=str)
 @pytest.mark.parametrize("start", ["identity", "paper"])
 @pytest.mark.parametrize("kind", CONSTANT)
@@ -285,6 +289,7 @@ def between(shape: dict[str, Any]) -> nn.Module:
     return nn.Linear(8, 8) if "channels_last" in shape else conv(dimensions=shape.get("dimensions", 2))
 
 
+@pytest.mark.slow_unless(dtype=torch.float64)
 @pytest.mark.parametrize("dtype", RELATIVE, ids=str)
 @pytest.mark.parametrize("layer", LAST)
 def test_layers_that_take_the_gate_behind_them(layer: str, dtype: torch.dtype) -> None:
@@ -299,6 +304,7 @@ def test_layers_that_take_the_gate_behind_them(layer: str, dtype: torch.dtype) -
         assert difference(outputs(model.train(), x), outputs(training, x)) <= RELATIVE[dtype]
 
 
+@pytest.mark.slow_unless(dtype=torch.float64)
 @pytest.mark.parametrize("dtype", RELATIVE, ids=str)
 @pytest.mark.parametrize("layer", FIRST)
 def test_layers_that_take_the_gate_before_them(layer: str, dtype: torch.dtype) -> None:
@@ -406,6 +412,7 @@ def test_a_layer_with_several_names_is_scaled_once() -> None:
 # gates that are not
 
 
+@pytest.mark.slow_unless(start="paper")
 @pytest.mark.parametrize("start", ["identity", "paper"])
 @pytest.mark.parametrize("kind", CONSTANT)
 def test_gates_that_depend_on_the_input_are_kept(kind: str, start: str) -> None:
@@ -415,6 +422,7 @@ def test_gates_that_depend_on_the_input_are_kept(kind: str, start: str) -> None:
     assert all(one.deviation > 0.01 for one in found)
 
 
+@pytest.mark.slow_unless(id=["channel-channel-spatial", "spatial-spatial-channel", "spatial-parallel"])
 @pytest.mark.parametrize("order", ["channel-spatial", "spatial-channel", "parallel"])
 @pytest.mark.parametrize("which", ["channel", "spatial"])
 def test_one_constant_half_is_not_enough(which: str, order: str) -> None:
@@ -422,6 +430,7 @@ def test_one_constant_half_is_not_enough(which: str, order: str) -> None:
     check_kept(model, images(), "it depends on the input")
 
 
+@pytest.mark.slow_unless(id=["0.1-1", "100-2"])
 @pytest.mark.parametrize("hidden", [1, 2])
 @pytest.mark.parametrize("threshold", [0.1, 1, 10, 100, 1e3, 1e4, 1e6])
 def test_gates_that_are_constant_for_small_maps_only(threshold: float, hidden: int) -> None:
@@ -760,6 +769,7 @@ def test_deviation_is_the_largest_distance_from_the_mean(attention: str, strengt
     assert strength < 1 or any((gate < 0).any() and (gate > 0).any() for gate in gates.values())
 
 
+@pytest.mark.slow_unless(attention="se")
 @pytest.mark.parametrize("attention", FORMULAS)
 def test_gates_within_the_tolerance_become_their_means(attention: str) -> None:
     model, x = nearly_constant(attention), images(6)
@@ -789,6 +799,7 @@ def test_tolerance_is_one_hundredth() -> None:
     assert fold(model, x).folded == within
 
 
+@pytest.mark.slow_unless(attention="se")
 @pytest.mark.parametrize("attention", FORMULAS)
 def test_change_of_each_gate_alone(attention: str) -> None:
     torch.manual_seed(2)
@@ -872,6 +883,7 @@ FORMS: dict[str, tuple[bool, Callable[[torch.Tensor, torch.Tensor], Any]]] = {
 }
 
 
+@pytest.mark.slow_unless(form=["tensor", "pair as a list", "loader of pairs"])
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_of_data(form: str) -> None:
     torch.manual_seed(2)

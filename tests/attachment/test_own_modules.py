@@ -51,6 +51,8 @@ def moved(model: nn.Module, strength: float = 0.5) -> nn.Module:
     return model
 
 
+@pytest.mark.slow_unless(at="residual")
+@pytest.mark.slow_unless(attention="both", at=["shortcut", "stage", "final"])
 @pytest.mark.parametrize("attention", ["context", "both", "context+dual", GlobalContext, Elementwise])
 @pytest.mark.parametrize("at", PLACES)
 def test_at_every_place(plain: nn.Module, attention: Any, at: str) -> None:
@@ -222,6 +224,7 @@ def test_an_update_that_does_something_is_kept_with_a_reason(plain: nn.Module, d
     assert torch.equal(model(x), y)
 
 
+@pytest.mark.slow_unless(id=["True-over0", "True-over3"])
 @pytest.mark.parametrize("over", [(2, 3), (3,), (1,), ()])
 @pytest.mark.parametrize("data", [False, True])
 def test_a_constant_gate_of_any_shape_is_merged(plain: nn.Module, over: tuple[int, ...], data: bool) -> None:

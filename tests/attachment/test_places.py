@@ -331,6 +331,17 @@ SUMMING = {
 }
 
 
+@pytest.mark.slow_unless(
+    network=[
+        "torchvision:resnet18",
+        "torchvision:mobilenet_v2",
+        "timm:mobilenetv3_small_100",
+        "timm:convnext_atto",
+        "torchvision:densenet121",
+        "torchvision:squeezenet1_1",
+        "torchvision:googlenet",
+    ]
+)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_sites_of_published_networks(network: str) -> None:
     survey = Survey(created(network), example(network))
@@ -338,6 +349,7 @@ def test_sites_of_published_networks(network: str) -> None:
         assert [place.name for place in survey.find(at)[0]] == expected, at
 
 
+@pytest.mark.slow_unless(network=["timm:convnext_atto", "timm:ese_vovnet19b_dw"])
 @pytest.mark.parametrize("network", BLOCKS)
 def test_blocks_bear_their_own_names(network: str) -> None:
     assert names(created(network), "block", example=example(network)) == BLOCKS[network]
@@ -357,6 +369,7 @@ def test_stages_of_blocks_of_separable_convolutions() -> None:
     assert found[-4:] == [f"stages.{stage}" for stage in range(4)]
 
 
+@pytest.mark.slow_unless(id="mobilenet_v3_small-mobilenetv3_small_100")
 @pytest.mark.parametrize(
     "one, other",
     [("mobilenet_v2", "mobilenetv2_100"), ("mobilenet_v3_small", "mobilenetv3_small_100"), ("efficientnet_b0",) * 2],
@@ -550,6 +563,8 @@ class Gates:
         return self.modules[name](x)
 
 
+@pytest.mark.slow_unless(dimensions=2)
+@pytest.mark.slow_unless(id=["residual-cbam-1", "residual-cbam-3"])
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
 @pytest.mark.parametrize("attention", ["se", "cbam"])
 @places_by_hand
@@ -571,6 +586,7 @@ def test_gates_stand_where_the_formula_has_them(at: str, attention: str, dimensi
     assert not is_close(by_hand, original(x))
 
 
+@pytest.mark.slow_unless(at=["residual-pre", "shortcut", "final", "pool"])
 @pytest.mark.parametrize("at", [*RESIDUAL_SITES, "pool"])
 def test_start_is_exact_at_each_place(at: str) -> None:
     for dtype in DTYPES:
@@ -976,6 +992,7 @@ def test_a_filter_of_gates_leaves_the_head_that_is_joined_to_them() -> None:
     refused(cifar(), AttachError, r"at 'pool': avgpool \(stage 3\)", "dual", stages=1, example=CIFAR)
 
 
+@pytest.mark.slow_unless(at=["residual", "block", "final"])
 @pytest.mark.parametrize("at", RESIDUAL_SITES)
 def test_different_options_on_disjoint_sites(at: str) -> None:
     original = randomise(Residual()).eval()
@@ -1048,6 +1065,7 @@ def test_networks_with_no_place_at_all() -> None:
         refused(model, AttachError, f"no place at '{at}'", "dual" if at == "pool" else "se", at=at, example=x)
 
 
+@pytest.mark.slow_unless(training=True)
 @pytest.mark.parametrize("training", [True, False])
 def test_planning_and_refusal_leave_the_network_alone(training: bool) -> None:
     model = Residual().train(training)
@@ -1122,6 +1140,7 @@ def test_replace_a_head(form: str) -> None:
     check(same_random_state=False)
 
 
+@pytest.mark.slow_unless(id=["residual-residual-pre", "residual-pre-residual-pre", "shortcut-residual"])
 @pytest.mark.parametrize("second", ["residual", "residual-pre", "shortcut"])
 @pytest.mark.parametrize("first", ["residual", "residual-pre", "shortcut"])
 def test_replace_what_stands_at_the_same_layers_for_another_place(first: str, second: str) -> None:
@@ -1177,6 +1196,8 @@ def scaled(channels: int, value: float) -> nn.Module:
     return Scale(channels, value=value)
 
 
+@pytest.mark.slow_unless(at="residual")
+@pytest.mark.slow_unless(id="stage-function")
 @pytest.mark.parametrize(
     "factory, options, value, name",
     [
@@ -1481,6 +1502,7 @@ each_form = pytest.mark.parametrize("form", FORMS)
 each_head = pytest.mark.parametrize("head", [*HEADS, "cbam+dual"])
 
 
+@pytest.mark.slow_unless(head="dual")
 @each_head
 @each_form
 def test_logits_are_the_same_at_the_start(form: str, head: str) -> None:
@@ -1502,6 +1524,8 @@ def test_logits_are_the_same_at_the_start(form: str, head: str) -> None:
             assert torch.equal(found[key], value), key
 
 
+@pytest.mark.slow_unless(head="dual")
+@pytest.mark.slow_unless(form="module")
 @each_head
 @each_form
 def test_a_head_blends_with_the_pooling_of_the_network(form: str, head: str) -> None:
@@ -1610,6 +1634,7 @@ def test_squeeze_and_excitation_is_not_the_pooling_of_the_network(way: str, site
     assert_close(model(x), original.classifier(seen[0].amax((2, 3))))
 
 
+@pytest.mark.slow_unless(network="torchvision:mobilenet_v3_small")
 @pytest.mark.parametrize("network", ["timm:seresnet18", "timm:efficientnet_b0", "torchvision:mobilenet_v3_small"])
 def test_networks_with_squeeze_and_excitation_have_one_pooling(network: str) -> None:
     pool = "avgpool" if network.startswith("torchvision") else "global_pool"
@@ -1670,6 +1695,7 @@ def test_a_gate_and_a_head_on_one_map(form: str, at: str) -> None:
 # cost and the table
 
 
+@pytest.mark.slow_unless(dimensions=2)
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
 @pytest.mark.parametrize("attention", [*convattn.names("gate"), *convattn.names("head")])
 def test_multiply_adds_are_those_of_the_counter_of_pytorch(attention: str, dimensions: int) -> None:

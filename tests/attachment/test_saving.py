@@ -221,6 +221,7 @@ def check_refused(model: nn.Module, error: type[Exception], match: str, folder: 
 # what is written
 
 
+@pytest.mark.slow_unless(start="paper")
 @pytest.mark.parametrize("attention", [*GATES, *HEADS, "cbam+dual"])
 @pytest.mark.parametrize("start", ["identity", "paper"])
 def test_only_what_was_added_is_written(attention: str, start: str, tmp_path: Path) -> None:
@@ -307,12 +308,14 @@ def test_a_failure_while_saving_keeps_what_was_saved(tmp_path: Path, monkeypatch
 # round trips
 
 
+@pytest.mark.slow_unless(start="paper", attention=["cbam", "spatial", "dual", "spatial+concat"])
 @pytest.mark.parametrize("attention", [*GATES, *HEADS, "cbam+dual", "spatial+concat"])
 @pytest.mark.parametrize("start", ["identity", "paper"])
 def test_every_module(attention: str, start: str, tmp_path: Path) -> None:
     check_round_trip(randomised(Network()), tmp_path, attention, start=start)
 
 
+@pytest.mark.slow_unless(attention="cbam", at=["residual", "shortcut", "stage", "layer"])
 @pytest.mark.parametrize(
     "at", ["residual", "residual-pre", "residual-post", "shortcut", "block", "stage", "final", "layer"]
 )
@@ -331,6 +334,8 @@ def test_shortcuts_without_a_layer(attention: str, tmp_path: Path) -> None:
     assert sides == ["shortcut", "shortcut", "after", "shortcut"]
 
 
+@pytest.mark.slow_unless(attention="dual")
+@pytest.mark.slow_unless(id="cbam+dual-layer-pool")
 @pytest.mark.parametrize("pooling, side", [("layer", "pool"), ("function", "map"), ("functions", "vector")])
 @pytest.mark.parametrize("attention", [*HEADS, "cbam+dual"])
 def test_every_pooling(pooling: str, side: str, attention: str, tmp_path: Path) -> None:
@@ -462,6 +467,7 @@ def test_where_there_is_attention_already(tmp_path: Path) -> None:
     check_refused(model, errors.AttachError, "'layer1.0.bn2' has attention already", tmp_path)
 
 
+@pytest.mark.slow_unless(pooling="layer")
 @pytest.mark.parametrize("pooling", ["layer", "function", "functions"])
 @pytest.mark.parametrize("at", ["residual", "shortcut"])
 def test_a_part_of_a_network(at: str, pooling: str, tmp_path: Path) -> None:
@@ -702,6 +708,7 @@ def with_fresh_classifier(model: nn.Module) -> nn.Module:
     return fresh
 
 
+@pytest.mark.slow_unless(attention="se+dual")
 @pytest.mark.parametrize("attention", ["cbam", "se+dual"])
 @pytest.mark.parametrize("pooling", ["layer", "function", "functions"])
 def test_what_freezing_kept_comes_back(attention: str, pooling: str, tmp_path: Path) -> None:
@@ -757,6 +764,7 @@ def with_other_classifier(model: nn.Module) -> nn.Module:
     return trained(model)
 
 
+@pytest.mark.slow_unless(id=["with_averages", "with_other_classifier", "DataParallel", "<lambda>"])
 @pytest.mark.parametrize(
     "change", [with_averages, with_other_classifier, torch.compile, nn.DataParallel, lambda model: pickled(model)]
 )
@@ -1128,6 +1136,7 @@ def small(folder: Path, keep: str | None = "classifier") -> tuple[nn.Module, tor
 
 
 # all of them in `make test-all`
+@pytest.mark.slow_unless(number=2)
 @pytest.mark.parametrize("step", [6, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("number", [1, 2])
 def test_every_field_of_a_description_may_be_wrong(number: int, step: int, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ WITH_NAMED_FEATURES = (*WITH_STAGES, "timm:mobilenetv3_small_100", "timm:efficie
 ATTENTION = ("se", "cbam")
 
 Pair = tuple[str, str]
-# of every family one, for what is quick
+# of every family one
 FAMILIES: tuple[Pair, ...] = (
     ("torchvision:resnet18", "cbam"),
     ("timm:mobilenetv3_small_100", "se"),
@@ -76,7 +76,7 @@ FAMILIES: tuple[Pair, ...] = (
     ("timm:regnetx_002", "se"),
     ("torchvision:vgg11_bn", "cbam"),
 )
-# and the smaller ones, for the rest
+# the smaller ones are fast tests
 FAST = tuple(pair for pair in FAMILIES if pair[0] not in ("timm:efficientnet_b0", "torchvision:densenet121"))
 FASTEST = tuple(pair for pair in FAST if pair[0] not in ("timm:regnetx_002", "torchvision:vgg11_bn"))
 
@@ -90,8 +90,7 @@ def pairs(fast: Iterable[Pair] = FAST, networks: Iterable[str] = tuple(NETWORKS)
     )
 
 
-each = pairs()
-each_family = pairs(FAMILIES)
+each = pairs([*FASTEST, ("torchvision:vgg11_bn", "cbam")])
 each_timm = pairs(networks=TIMM)
 scripting = pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
 
@@ -234,6 +233,7 @@ def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, to
 # what all tests below rest on: an output would tell if the gate of any site were lost
 
 
+@pytest.mark.slow_unless(network=["timm:mobilenetv3_small_100", "timm:convnext_atto"])
 @each
 def test_every_gate_matters(network: str, attention: str) -> None:
     model, x = moved(network, attention), images()
@@ -251,7 +251,8 @@ def test_every_gate_matters(network: str, attention: str) -> None:
 # copies
 
 
-@each_family
+@pytest.mark.slow_unless(network=["timm:mobilenetv3_small_100", "timm:convnext_atto"])
+@each
 def test_deepcopy(network: str, attention: str) -> None:
     model, x = moved(network, attention), images()
     with torch.no_grad():
@@ -279,6 +280,7 @@ def saved(model: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)
 
 
+@pytest.mark.slow_unless(network="timm:mobilenetv3_small_100")
 @pairs(FASTEST)
 @pytest.mark.parametrize("through", [pickled, saved])
 def test_pickle(network: str, attention: str, through: Callable[[nn.Module], nn.Module]) -> None:
@@ -297,7 +299,7 @@ def test_pickle(network: str, attention: str, through: Callable[[nn.Module], nn.
 # names and checkpoints
 
 
-@each_family
+@each
 def test_names_stay(network: str, attention: str) -> None:
     original, model = plain(network), moved(network, attention)
     sites = [name for name, _ in attached(model)]
@@ -321,7 +323,8 @@ def test_names_stay(network: str, attention: str) -> None:
         assert torch.equal(model.get_parameter(name), parameter)
 
 
-@each_family
+@pytest.mark.slow_unless(network=["timm:mobilenetv3_small_100", "timm:convnext_atto"])
+@each
 def test_checkpoints_go_both_ways(network: str, attention: str) -> None:
     original, model, x = plain(network), moved(network, attention), images()
     with torch.no_grad():
@@ -367,6 +370,7 @@ def check_compiled(network: str, attention: str, **options: Any) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pairs([("torchvision:resnet18", "se"), ("timm:convnext_atto", "se"), ("torchvision:vgg11_bn", "cbam")])
 def test_compile(network: str, attention: str) -> None:
     check_compiled(network, attention, backend="aot_eager")
@@ -388,6 +392,7 @@ def test_compile_for_training(network: str, attention: str) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow_unless(at="block")
 @pytest.mark.parametrize("at", ["residual", "block"])
 def test_compile_block_by_block(at: str) -> None:
     # with at="block" what stands at the name of a block is the wrapper, and it compiles itself
@@ -401,6 +406,7 @@ def test_compile_block_by_block(at: str) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow_unless(network="torchvision:vgg11_bn")
 @pairs([("torchvision:resnet18", "cbam"), ("timm:convnext_atto", "se"), ("torchvision:vgg11_bn", "se")])
 def test_export(network: str, attention: str) -> None:
     model, x = moved(network, attention), images()
@@ -412,6 +418,7 @@ def test_export(network: str, attention: str) -> None:
             assert_same(exported.module()(batch), model(batch))
 
 
+@pytest.mark.slow_unless(network="timm:convnext_atto")
 @scripting
 @pairs([("timm:resnet18", "cbam"), ("torchvision:mobilenet_v3_small", "se"), ("timm:convnext_atto", "se")])
 def test_script(network: str, attention: str) -> None:
@@ -428,6 +435,7 @@ def test_script(network: str, attention: str) -> None:
 PASSAGES = {"head": ("torchvision:densenet121", "dual", None), "shortcut": ("torchvision:resnet18", "se", "shortcut")}
 
 
+@pytest.mark.slow_unless(kind="shortcut")
 @scripting
 @pytest.mark.parametrize("kind", PASSAGES)
 def test_what_takes_the_map_of_another_layer_is_exported_and_traced_but_not_scripted(kind: str) -> None:
@@ -445,6 +453,8 @@ def test_what_takes_the_map_of_another_layer_is_exported_and_traced_but_not_scri
         assert torch.equal(model(x), expected)
 
 
+@pytest.mark.slow_unless(training=True, network="torchvision:resnet18")
+@pytest.mark.slow_unless(training=False, network=["timm:mobilenetv3_small_100", "torchvision:vgg11_bn"])
 @each
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_symbolic_trace(network: str, attention: str, training: bool) -> None:
@@ -461,6 +471,7 @@ def test_symbolic_trace(network: str, attention: str, training: bool) -> None:
         assert_same(traced(x), expected)
 
 
+@pytest.mark.slow_unless(network="torchvision:vgg11_bn")
 @pairs([(name, "cbam") for name in PLAIN_NORMS if name != "torchvision:densenet121"], networks=PLAIN_NORMS)
 def test_fusion_of_convolutions_and_norms(network: str, attention: str) -> None:
     def norms(of: nn.Module) -> int:
@@ -514,11 +525,13 @@ def check_synchronised(network: str, attention: str, convert: Callable[[nn.Modul
         assert not any(isinstance(module, nn.BatchNorm2d) for module in restored.modules())
 
 
+@pytest.mark.slow_unless(network=["torchvision:resnet18", "torchvision:mobilenet_v3_small"])
 @pairs([(name, "cbam") for name in PLAIN_NORMS if name != "torchvision:densenet121"], networks=PLAIN_NORMS)
 def test_conversion_to_sync_batch_norm(network: str, attention: str) -> None:
     check_synchronised(network, attention, nn.SyncBatchNorm.convert_sync_batchnorm)
 
 
+@pytest.mark.slow_unless(network=["timm:mobilenetv3_small_100", "timm:convnext_atto"])
 @each
 def test_conversion_to_sync_batch_norm_by_timm(network: str, attention: str) -> None:
     check_synchronised(network, attention, convert_sync_batchnorm)
@@ -580,6 +593,7 @@ def check_training(
     return wrapped
 
 
+@pytest.mark.slow_unless(network="timm:mobilenetv3_small_100")
 @strides
 @pairs(FASTEST)
 def test_data_parallel(network: str, attention: str, one_process: None) -> None:
@@ -590,6 +604,7 @@ def test_data_parallel(network: str, attention: str, one_process: None) -> None:
     assert all(bool(parameter) for parameter in strengths(wrapped.module))
 
 
+@pytest.mark.slow_unless(network="timm:mobilenetv3_small_100")
 @unsharded
 @deprecated
 @pairs(FASTEST)
@@ -606,6 +621,7 @@ def test_sharded_wrapper(network: str, attention: str, original: bool, one_proce
         assert names == parameter_names(moved(network, attention))
 
 
+@pytest.mark.slow_unless(id=["blocks-residual-original", "norms-block-original"])
 @unsharded
 @deprecated
 @pytest.mark.parametrize("original", [True, False], ids=["original", "flat"])
@@ -637,6 +653,7 @@ def fully_sharded(model: nn.Module) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
+@pytest.mark.slow_unless(network="timm:mobilenetv3_small_100")
 @views
 @pairs(FASTEST)
 def test_fully_shard(network: str, attention: str, one_process: None) -> None:
@@ -644,6 +661,7 @@ def test_fully_shard(network: str, attention: str, one_process: None) -> None:
     assert parameter_names(wrapped) == parameter_names(moved(network, attention))
 
 
+@pytest.mark.slow_unless(at="block")
 @pytest.mark.parametrize("at", ["residual", "block"])
 def test_fully_shard_block_by_block(at: str, one_process: None) -> None:
     # with at="block" what stands at the name of a block is the wrapper
@@ -705,6 +723,7 @@ def test_two_processes(wraps: str, pair: Pair, tmp_path: Path, monkeypatch: pyte
 # averages
 
 
+@pytest.mark.slow_unless(network="timm:mobilenetv3_small_100")
 @pairs(FASTEST)
 @pytest.mark.parametrize("kind", ["timm", "torch"])
 def test_average_of_the_weights(network: str, attention: str, kind: str) -> None:
@@ -734,6 +753,7 @@ def test_average_of_the_weights(network: str, attention: str, kind: str) -> None
         assert differs(average(x), model(x))
 
 
+@pytest.mark.slow_unless(network="torchvision:resnet18")
 @pairs([*FAST, ("timm:resnet18", "se")], networks=[name for name in NETWORKS if name != "timm:convnext_atto"])
 def test_statistics_after_averaging(network: str, attention: str) -> None:
     # of the start: those of the plain network
@@ -752,6 +772,7 @@ def test_statistics_after_averaging(network: str, attention: str) -> None:
 # memory and numbers
 
 
+@pytest.mark.slow_unless(network=["timm:mobilenetv3_small_100", "timm:convnext_atto"])
 @each
 def test_channels_last(network: str, attention: str) -> None:
     x = images()
@@ -772,6 +793,7 @@ def test_channels_last(network: str, attention: str) -> None:
             assert y.is_contiguous(memory_format=torch.channels_last), name
 
 
+@pytest.mark.slow_unless(network="timm:mobilenetv3_small_100")
 @pairs(FASTEST)
 def test_autocast(network: str, attention: str) -> None:
     # bfloat16 is slow on many processors
@@ -798,6 +820,7 @@ def test_autocast(network: str, attention: str) -> None:
 # training of some
 
 
+@pytest.mark.slow_unless(network=["torchvision:resnet18", "timm:convnext_atto"])
 @each
 def test_frozen_network(network: str, attention: str) -> None:
     x = images()
@@ -859,6 +882,7 @@ def test_learning_rates_by_depth(network: str, attention: str) -> None:
 # features
 
 
+@pytest.mark.slow_unless(network="timm:mobilenetv3_small_100")
 @pairs(networks=TIMM)
 def test_features_only(network: str, attention: str) -> None:
     torch.manual_seed(0)
@@ -882,6 +906,7 @@ def test_features_only(network: str, attention: str) -> None:
             assert torch.equal(y, one)
 
 
+@pytest.mark.slow_unless(network="timm:mobilenetv3_small_100")
 @each_timm
 def test_intermediates_of_an_attached_network(network: str, attention: str) -> None:
     model, x = moved(network, attention), images()
@@ -910,12 +935,14 @@ def test_hooked_features_of_an_attached_network(network: str, attention: str) ->
     check_features(network, attention, FeatureHookNet)
 
 
+@pytest.mark.slow_unless(network="timm:resnet18")
 @pytest.mark.parametrize("kind", [FeatureListNet, FeatureDictNet])
 @pairs([(name, "se") for name in WITH_STAGES], networks=WITH_STAGES)
 def test_staged_features_of_an_attached_network(network: str, attention: str, kind: type[nn.Module]) -> None:
     check_features(network, attention, kind)
 
 
+@pytest.mark.slow_unless(network="torchvision:resnet18", attention="se")
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize(
     "network, layer",
@@ -938,6 +965,7 @@ def test_extracted_features(network: str, attention: str, layer: str) -> None:
 # without memory
 
 
+@pytest.mark.slow_unless(network=["torchvision:resnet18", "torchvision:vgg11_bn"])
 @each
 def test_without_memory(network: str, attention: str) -> None:
     model, x = moved(network, attention), images()
@@ -951,7 +979,8 @@ def test_without_memory(network: str, attention: str) -> None:
         assert torch.equal(other(x), expected)
 
 
-@each_family
+@pytest.mark.slow_unless(network=["torchvision:resnet18", "torchvision:vgg11_bn"])
+@each
 def test_plan_without_memory(network: str, attention: str) -> None:
     model, x = plain(network), images()
     places = [NETWORKS[network], "stage", "final"]
@@ -961,6 +990,7 @@ def test_plan_without_memory(network: str, attention: str) -> None:
         assert str(plan(model, attention, at=at, example=x.to("meta"))) == table, at
 
 
+@pytest.mark.slow_unless(network=["torchvision:resnet18", "torchvision:vgg11_bn"])
 @each
 def test_attach_without_memory(network: str, attention: str) -> None:
     trained_elsewhere, x = moved(network, attention), images()

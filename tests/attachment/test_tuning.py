@@ -74,6 +74,7 @@ def values(model: nn.Module) -> dict[str, torch.Tensor]:
 # groups
 
 
+@pytest.mark.slow_unless(start="paper")
 @pytest.mark.parametrize("attention", [*GATES, *HEADS, "cbam+dual", None])
 @pytest.mark.parametrize("start", ["identity", "paper"])
 def test_every_parameter_is_in_one_group(attention: str | None, start: str) -> None:
@@ -125,6 +126,7 @@ def test_biases_and_norms_of_several_dimensions_do_not_decay(name: str) -> None:
         assert f"{site}.attention.module.conv.weight" in groups["attention"]
 
 
+@pytest.mark.slow_unless(classifier_lr=0.2)
 @pytest.mark.parametrize("gate_lr", [None, 0.5, 0, 0.01])
 @pytest.mark.parametrize("classifier_lr, weight_decay", [(None, 0.0), (0.2, 0.03), (0, 0.03)])
 def test_rates_and_decay(gate_lr: float | None, weight_decay: float, classifier_lr: float | None) -> None:

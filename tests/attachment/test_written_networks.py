@@ -859,8 +859,15 @@ def windows() -> nn.Module:
     )
 
 
+# the largest of them, which are slow tests
+LARGE = ("two encoders", "siamese", "fused scales", "residual in residual", "skips added after interpolation")
+LARGE += ("skips added after transposed convolutions", "long skip over projections", "block called at three sizes")
+
+
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in CASES]
+)
 def test_life(name: str) -> None:
     one = CASES[name]
     check_life(one.make(), one.example, one.sites)
@@ -1191,12 +1198,27 @@ PLACES: dict[tuple[str, str], list[str]] = {
 }
 
 
+@pytest.mark.slow_unless(
+    name=[
+        "skips concatenated",
+        "block called three times",
+        "activation before the norm",
+        "words",
+        "module dict",
+        "projection",
+        "inverted",
+        "windows",
+    ]
+)
+@pytest.mark.slow_unless(id="siamese-stage")
 @pytest.mark.parametrize(("name", "at"), PLACES)
 def test_life_at_other_places(name: str, at: str) -> None:
     one = CASES[name]
     check_life(one.make(), one.example, PLACES[name, at], at=at)
 
 
+@pytest.mark.slow_unless(name=["checkpoints", "inverted", "windows"])
+@pytest.mark.slow_unless(at=["shortcut", "final"])
 @pytest.mark.parametrize("at", ["residual-pre", "residual-post", "shortcut", "block", "stage", "final"])
 @pytest.mark.parametrize("name", ["checkpoints", "fused scales", "residual in residual", "inverted", "windows"])
 def test_whatever_is_planned_works(name: str, at: str) -> None:
@@ -1437,6 +1459,7 @@ class Around(nn.Module):
         return self.module(*args, **kwargs)
 
 
+@pytest.mark.slow_unless(wrap=[nn.DataParallel, nn.Sequential])
 @pytest.mark.parametrize("wrap", [nn.DataParallel, Around, nn.Sequential, lambda model: nn.ModuleList([model])[0]])
 def test_wrapped_networks(wrap: Callable[[nn.Module], nn.Module]) -> None:
     model = wrap(Classifier())
@@ -1843,6 +1866,7 @@ def check_encoder(model: nn.Module, example: Any, encoder: str, at: str, count: 
     assert list(detach(model).state_dict()) == keys
 
 
+@pytest.mark.slow_unless(at="stage")
 @pytest.mark.parametrize(("at", "count"), [("residual", 8), ("residual-post", 8), ("block", 8), ("stage", 4)])
 def test_encoder_of_a_unet(at: str, count: int) -> None:
     check_encoder(with_random_norms(Unet("resnet18")), maps(2, 3, 64, 64), "encoder", at, count)

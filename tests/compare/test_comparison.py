@@ -432,6 +432,7 @@ def test_until_decided_ends_where_more_seeds_would_hardly_decide(world: World, t
     assert results["looks"]["saved_runs"] > 0
 
 
+@pytest.mark.slow
 def test_a_variant_that_is_over_gets_no_more_seeds(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -752,6 +753,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow_unless(out=None)
 @pytest.mark.parametrize("case", BAD)
 @pytest.mark.parametrize("out", [None, "some/deep/folder"])
 def test_a_bad_request_leaves_nothing_behind(
@@ -810,6 +812,7 @@ def test_a_loss_that_is_no_number(own_world: World, quick: None) -> None:
 # several at a time
 
 
+@pytest.mark.slow
 def test_several_at_a_time_find_the_same(world: World, first: Path, tmp_path: Path, quick: None) -> None:
     results = world.run(out=tmp_path / "out", jobs=2)
     assert lasting(results) == lasting(read(first))
@@ -869,6 +872,7 @@ def start_command(tmp_path: Path) -> Iterator[Callable[[list[str]], subprocess.P
         process.wait()
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle(
     world: World,
     undisturbed: Path,
@@ -911,6 +915,7 @@ def alive(pid: int) -> bool:
     return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="asking whether a process runs is different there")
 @pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_with_several_at_a_time(
@@ -965,6 +970,7 @@ def test_broken_off_before_the_first_run(own_world: World, quick: None, monkeypa
     assert own_world.run(**options)["baseline"]["scores"]
 
 
+@pytest.mark.slow_unless(step=3)
 @pytest.mark.parametrize("step", range(1, 6))
 def test_broken_off_while_the_folder_is_made(
     own_world: World, quick: None, monkeypatch: pytest.MonkeyPatch, step: int

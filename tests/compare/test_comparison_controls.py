@@ -176,6 +176,7 @@ def data(tmp_path: Path) -> Path:
     return write_images(tmp_path / "data")
 
 
+@pytest.mark.slow
 def test_a_comparison_with_every_control(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "ROUNDS", 3)
     results = convattn.compare.run(data, **settings(tmp_path))

@@ -74,6 +74,7 @@ def as_proposed(runs: list[np.ndarray], most_looks: int = 4) -> tuple[bool, int]
 each_count = pytest.mark.parametrize("count", [1, pytest.param(5, marks=pytest.mark.slow)])
 
 
+@pytest.mark.slow
 @each_count
 @pytest.mark.parametrize("mix", MIXES)
 def test_seeds_until_it_is_decided(mix: str, count: int) -> None:
@@ -85,6 +86,7 @@ def test_seeds_until_it_is_decided(mix: str, count: int) -> None:
     assert 3 < ended < MOST
 
 
+@pytest.mark.slow_unless(mix="seeds by images")
 @each_count
 @pytest.mark.parametrize("mix", MIXES)
 def test_as_many_seeds_as_are_proposed(mix: str, count: int) -> None:
@@ -96,6 +98,7 @@ def test_as_many_seeds_as_are_proposed(mix: str, count: int) -> None:
     assert looks > 1.2
 
 
+@pytest.mark.slow
 def test_the_same_looks_without_a_budget_mislead() -> None:
     """The simulation can tell."""
     random, wrong = np.random.default_rng(6), 0

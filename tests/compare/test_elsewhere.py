@@ -50,6 +50,7 @@ def test_the_results_have_the_verdicts(files: Path, kind: str) -> None:
     assert variant["parameters"] is variant["latency"] is found["setting"]["backbone"] is None
 
 
+@pytest.mark.slow_unless(kind="grouped-")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_report_has_no_dead_link_and_no_none(files: Path, kind: str) -> None:
     found = elsewhere.results(f"{kind}baseline.npz", [f"{kind}better.npz"])

@@ -67,6 +67,7 @@ def test_each_network_chooses_its_learning_rate(options: dict[str, Any], monkeyp
     assert "--tune lr" in results["command"]
 
 
+@pytest.mark.slow
 def test_the_same_call_tries_nothing_again(options: dict[str, Any]) -> None:
     first = convattn.compare.run(**options, tune="lr")
     before = {path: path.stat().st_mtime_ns for path in (options["out"] / "runs").rglob("*")}

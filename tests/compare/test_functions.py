@@ -157,6 +157,7 @@ def test_images_are_normalised_as_the_network_or_the_baseline_wants_it(
     assert (means[0] == pytest.approx(means[1])) == (images == "baseline")
 
 
+@pytest.mark.slow
 def test_several_at_a_time(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     one = run(train=train)
     two = run(train=train, jobs=2, out=tmp_path / "two")
@@ -169,6 +170,7 @@ def test_functions_that_no_other_process_can_be_given(run: Callable[..., dict[st
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_functions_that_no_other_process_finds(data: Path, tmp_path: Path) -> None:
     # as in a notebook: a function of a main program that is no file
     program = f"""

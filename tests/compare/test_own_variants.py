@@ -148,6 +148,7 @@ def test_from_several_processes(run: Run, tmp_path: Path) -> None:
     assert [variant["scores"] for variant in one["variants"]] == [variant["scores"] for variant in two["variants"]]
 
 
+@pytest.mark.slow
 def test_a_registered_module_in_several_processes(run: Run) -> None:
     # which import nothing but this class
     convattn.register("mean-gate", "gate")(Means)

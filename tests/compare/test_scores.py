@@ -99,6 +99,7 @@ def over(
     return found, labels
 
 
+@pytest.mark.slow_unless(classes=2)
 @pytest.mark.parametrize("classes", [2, 4])
 def test_a_gain_that_is_not_there_is_seldom_found(classes: int) -> None:
     random = np.random.default_rng(classes)

@@ -253,6 +253,8 @@ def simulated(random: np.random.Generator, seeds: int, images: int, mix: str, co
     ]
 
 
+@pytest.mark.slow_unless(mix="all", seeds=3)
+@pytest.mark.slow_unless(seeds=2)
 @pytest.mark.parametrize("seeds", [2, 3, 5, 10])
 @pytest.mark.parametrize("mix", MIXES)
 def test_intervals_hold_the_truth(mix: str, seeds: int) -> None:
@@ -276,6 +278,7 @@ def test_the_t_test_on_seed_means_does_not_hold_where_it_would_matter() -> None:
     assert alarms / REPEATS > 0.15
 
 
+@pytest.mark.slow
 def test_power_is_that_of_the_paired_t_test() -> None:
     # no image is easier for the variant than the others, and it gains a point
     random = np.random.default_rng(2)
@@ -292,6 +295,7 @@ def test_power_is_that_of_the_paired_t_test() -> None:
     assert abs(ours - theirs) / REPEATS <= 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mix", ["seeds", "all"])
 def test_a_family_holds_at_once(mix: str) -> None:
     random = np.random.default_rng(3)
@@ -383,6 +387,7 @@ def test_detectable() -> None:
     assert detectable(2, 5) == 100
 
 
+@pytest.mark.slow_unless(seeds=5, images=0.06)
 @pytest.mark.parametrize("images", [0.0, 0.06])
 @pytest.mark.parametrize("seeds", [3, 5, 10])
 def test_such_a_gain_is_seen_in_about_80_of_100_comparisons(seeds: int, images: float) -> None:

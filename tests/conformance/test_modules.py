@@ -141,14 +141,20 @@ PAPER_UPDATES = [case for case in UPDATES if "start" not in case.options]
 # whatever may start at identity
 PAPER = [*PAPER_GATES, *PAPER_UPDATES]
 
+
+def with_slow(cases: list[Case]) -> list[Any]:
+    """The cases, of which those are slow tests that leave the flow of the computation as it is."""
+    return [pytest.param(case, marks=pytest.mark.slow) if PLAIN & set(case.options) else case for case in cases]
+
+
 each_name = pytest.mark.parametrize("name", NAMES)
-each_case = pytest.mark.parametrize("case", CASES, ids=str)
+each_case = pytest.mark.parametrize("case", with_slow(CASES), ids=str)
 each_graph = pytest.mark.parametrize("case", GRAPHS, ids=str)
-each_gate = pytest.mark.parametrize("case", GATES, ids=str)
+each_gate = pytest.mark.parametrize("case", with_slow(GATES), ids=str)
 each_update = pytest.mark.parametrize("case", UPDATES, ids=str)
 each_paper_update = pytest.mark.parametrize("case", PAPER_UPDATES, ids=str)
-each_paper = pytest.mark.parametrize("case", PAPER, ids=str)
-each_paper_gate = pytest.mark.parametrize("case", PAPER_GATES, ids=str)
+each_paper = pytest.mark.parametrize("case", with_slow(PAPER), ids=str)
+each_paper_gate = pytest.mark.parametrize("case", with_slow(PAPER_GATES), ids=str)
 each_dimensions = pytest.mark.parametrize("dimensions", [1, 2, 3])
 each_training = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -157,6 +163,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # shapes, dtypes, memory formats
 
 
+@pytest.mark.slow_unless(training=True)
 @each_case
 @each_dimensions
 @each_training
@@ -170,6 +177,7 @@ def test_shape_and_dtype(case: Case, dimensions: int, training: bool) -> None:
     assert torch.equal(x, before), "the input was changed in place"
 
 
+@pytest.mark.slow_unless(training=True)
 @each_case
 @each_dtype
 @each_training
@@ -183,6 +191,7 @@ def test_dtypes_agree_with_float64(case: Case, dtype: torch.dtype, training: boo
     assert_close(y, expected)
 
 
+@pytest.mark.slow_unless(converted=True)
 @each_case
 @pytest.mark.parametrize("dimensions", [2, 3])
 @pytest.mark.parametrize("converted", [False, True], ids=["module", "module-converted"])
@@ -207,6 +216,7 @@ def test_strided_map(case: Case) -> None:
     assert_close(call(module, x), call(module, x.contiguous()))
 
 
+@pytest.mark.slow_unless(training=True)
 @each_case
 @each_dimensions
 @each_training
@@ -232,6 +242,7 @@ def test_small_batches_train(case: Case, batch: int, size: tuple[int, int]) -> N
         assert value.isfinite().all()
 
 
+@pytest.mark.slow_unless(size=[(7, 5), (1, 9)])
 @each_case
 @pytest.mark.parametrize("size", [(7, 5), (1, 9), (3, 2), (13, 1)], ids=str)
 def test_odd_sizes(case: Case, size: tuple[int, int]) -> None:
@@ -257,6 +268,8 @@ def test_empty_batch(case: Case, dimensions: int) -> None:
 # gradients
 
 
+@pytest.mark.slow_unless(training=True)
+@pytest.mark.slow_unless(id=["eval-cbam", "eval-spatial", "eval-se", "eval-dual"])
 @each_case
 @each_training
 def test_gradcheck(case: Case, training: bool) -> None:
@@ -370,6 +383,7 @@ def check_compiled(case: Case, backend: str) -> None:
         assert_close(one, other)
 
 
+@pytest.mark.slow_unless(id=["cbam", "channel", "dual", "se,start=identity", "global-context"])
 @each_graph
 def test_compile(case: Case) -> None:
     check_compiled(case, "aot_eager")
@@ -381,6 +395,7 @@ def test_compile_with_inductor(case: Case) -> None:
     check_compiled(case, "inductor")
 
 
+@pytest.mark.slow_unless(id=["cbam", "channel", "dual", "se,start=identity", "global-context"])
 @each_graph
 def test_export(case: Case) -> None:
     module = case.build().eval()
@@ -394,6 +409,7 @@ def test_export(case: Case) -> None:
 # the gate
 
 
+@pytest.mark.slow_unless(training=False)
 @each_gate
 @each_dimensions
 @each_training
@@ -420,6 +436,7 @@ def test_gate_depends_on_the_input(case: Case, dimensions: int) -> None:
     assert any(not is_close(gate[:1], gate[1:]) for gate in gates)
 
 
+@pytest.mark.slow_unless(training=True)
 @each_paper_gate
 @each_dtype
 @each_training
@@ -473,6 +490,7 @@ def test_first_step_moves_strength(case: Case, training: bool) -> None:
     assert not torch.equal(module(x), x)
 
 
+@pytest.mark.slow_unless(training=True)
 @each_paper
 @each_dtype
 @each_training

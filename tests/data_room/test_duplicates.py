@@ -55,6 +55,7 @@ def test_exact_duplicates(side: int) -> None:
     assert [(pair.image, pair.other, pair.exact) for pair in found] == [(60 + at, at, True) for at in range(10)]
 
 
+@pytest.mark.slow_unless(side=32)
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("side", [32, 96])
 def test_near_duplicates(change: str, side: int) -> None:
@@ -103,6 +104,7 @@ ALIKE = {
 }
 
 
+@pytest.mark.slow_unless(case=["noise", "tiny noise", "one colour and noise"])
 @pytest.mark.parametrize("case", ALIKE)
 def test_images_that_are_merely_alike(case: str) -> None:
     pixels = np.array(ALIKE[case](np.random.default_rng(0)))

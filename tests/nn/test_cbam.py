@@ -268,6 +268,7 @@ def both(x: np.ndarray, state: State, order: str, training: bool, pools: tuple[s
     return y * second(y)
 
 
+@pytest.mark.slow_unless(training=True)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("order", ["channel-spatial", "spatial-channel", "parallel"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

@@ -94,6 +94,10 @@ def check_module(module: nn.Module, x: torch.Tensor) -> None:
     check(module, x, dy, found)
 
 
+@pytest.mark.slow_unless(training=True, last=True, name=["se", "channel", "channel, max", "spatial"])
+@pytest.mark.slow_unless(training=False, last=True, name="cbam")
+@pytest.mark.slow_unless(training=False, last=False, name="cbam, parallel")
+@pytest.mark.slow_unless(training=True, last=False, name="cbam, 3 wide")
 @each_build
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("training", [True, False])
@@ -102,6 +106,7 @@ def test_they_are_true(name: str, last: bool, training: bool) -> None:
     check_kernels(name, x.contiguous(memory_format=torch.channels_last) if last else x, training)
 
 
+@pytest.mark.slow_unless(gate="hardsigmoid", activation="gelu")
 @pytest.mark.parametrize("activation", ["silu", "gelu", "hardswish"])
 @pytest.mark.parametrize("gate", ["sigmoid", "hardsigmoid"])
 def test_activations(activation: str, gate: str) -> None:
@@ -121,6 +126,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.slow_unless(last=True, shape=[(2, 70, 13, 11), (2, 4, 3, 4, 5)])
 @pytest.mark.parametrize(("name", "shape"), [*SHAPES, ("cbam", (1, 130, 1, 1))])
 @pytest.mark.parametrize("last", [False, True])
 def test_more_than_a_block_and_less(name: str, shape: tuple[int, ...], last: bool) -> None:
@@ -128,6 +134,7 @@ def test_more_than_a_block_and_less(name: str, shape: tuple[int, ...], last: boo
     check_kernels(name, x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x, training=False)
 
 
+@pytest.mark.slow_unless(last=True, name=["channel", "channel, max", "spatial", "cbam"])
 @each_build
 @pytest.mark.parametrize("last", [False, True])
 def test_equal_maxima_share_their_gradient(name: str, last: bool) -> None:
@@ -136,6 +143,7 @@ def test_equal_maxima_share_their_gradient(name: str, last: bool) -> None:
 
 
 # the interpreter's numpy says so of what a GPU is silent about
+@pytest.mark.slow_unless(id=["se-nan", "channel-nan", "spatial-nan", "cbam-inf"])
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["se", "channel", "spatial", "cbam"])
@@ -152,6 +160,7 @@ def test_what_is_no_number_goes_where_it_goes_in_the_reference(name: str, value:
         assert_close(one[~one.isnan()], two[~two.isnan()])
 
 
+@pytest.mark.slow_unless(dtype=torch.bfloat16)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_types(dtype: torch.dtype) -> None:
     module = built("cbam", 6)
@@ -175,6 +184,9 @@ def test_a_shortcut(last: bool) -> None:
         assert_close(y, torch.relu(module(x) + other))
 
 
+@pytest.mark.slow_unless(training=True, last=True, name=["se", "cbam"])
+@pytest.mark.slow_unless(training=False, last=False, name="channel, max")
+@pytest.mark.slow_unless(training=False, last=True, name="cbam, 3 wide")
 @pytest.mark.parametrize("name", [one for one in BUILDS if one != "spatial" and one != "cbam, parallel"])
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("training", [True, False])
@@ -182,12 +194,14 @@ def test_a_norm_rides_along(name: str, last: bool, training: bool) -> None:
     check_norm(name, 3 * torch.randn(3, 6, 7, 5) + 2, last, training)
 
 
+@pytest.mark.slow_unless(last=True, shape=(2, 4, 3, 4, 5))
 @pytest.mark.parametrize(("name", "shape"), SHAPES)
 @pytest.mark.parametrize("last", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_norm_of_more_than_a_block_and_less(name: str, shape: tuple[int, ...], last: bool) -> None:
     check_norm(name, torch.randn(shape), last, training=True)
 
 
+@pytest.mark.slow_unless(name=["se", "channel"])
 @pytest.mark.parametrize("name", ["se", "channel", "cbam"])
 def test_a_norm_with_weights_of_0_as_a_residual_block_may_begin(name: str) -> None:
     check_norm(name, torch.randn(3, 6, 7, 5), last=True, training=True, zeros=3)
@@ -221,6 +235,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "choice", lambda x: "cuda")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("gradient", [True, False])
 def test_running_statistics_follow(momentum: float | None, gradient: bool, served: None) -> None:
@@ -243,6 +258,7 @@ def test_running_statistics_follow(momentum: float | None, gradient: bool, serve
         assert_close(buffers[name], one)
 
 
+@pytest.mark.slow_unless(name="se")
 @pytest.mark.parametrize("name", ["se", "spatial", "cbam, identity"])
 def test_some_gradients_only_and_backward_twice(name: str, served: None) -> None:
     module = built(name, 4)
@@ -286,6 +302,7 @@ def test_weights_in_channels_last(served: None) -> None:
         assert_close(one, expected[name])
 
 
+@pytest.mark.slow_unless(channels=1)
 @pytest.mark.parametrize("channels", [1, 5000])
 def test_one_channel_and_many(channels: int) -> None:
     module = ChannelAttention(channels, reduction=max(1, channels // 3))
@@ -378,6 +395,7 @@ def test_what_they_serve(shape: tuple[int, ...], dtype: torch.dtype, why: str | 
     assert cuda.why_not_for(x) == why
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", ["all", pytest.param("each", marks=pytest.mark.slow)])
 def test_they_compile_for_a_gpu(flags: str) -> None:
     script = Path(__file__).with_name("compile_for_cuda.py")

@@ -88,6 +88,8 @@ def check_norm(module: Attached, u: torch.Tensor, served: list[str]) -> None:
         assert_close(buffers(module)[name].float(), one.float())
 
 
+@pytest.mark.slow_unless(training=True, last=True)
+@pytest.mark.slow_unless(training=False, last=False, dimensions=2)
 @each_build
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
 @pytest.mark.parametrize("last", [False, True])
@@ -110,6 +112,7 @@ def test_shapes_of_all_kinds(data: st.DataObject) -> None:
         check_norm(module, in_format(torch.randn(shape), data.draw(st.booleans())), noting(patched))
 
 
+@pytest.mark.slow_unless(last=True)
 @pytest.mark.parametrize("shape", [(2, 5000, 3, 3), (1, 3, 130, 141), (5, 1, 9, 9), (30, 70, 1, 1), (40, 64, 14, 14)])
 @pytest.mark.parametrize("last", [False, True])
 def test_large_and_narrow_shapes(shape: tuple[int, ...], last: bool, served: list[str]) -> None:
@@ -119,6 +122,7 @@ def test_large_and_narrow_shapes(shape: tuple[int, ...], last: bool, served: lis
     check_norm(module, in_format(torch.randn(shape), last), served)
 
 
+@pytest.mark.slow_unless(threads=3)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("avx2", [False, True])
 @pytest.mark.parametrize("last", [False, True])
@@ -134,6 +138,7 @@ def test_every_path_with_any_number_of_threads(threads: int, avx2: bool, last: b
         torch.set_num_threads(1)
 
 
+@pytest.mark.slow_unless(last=True)
 @each_build
 @pytest.mark.parametrize("last", [False, True])
 def test_a_norm_whose_weight_is_zero_is_trained(name: str, last: bool, served: list[str]) -> None:
@@ -146,6 +151,7 @@ def test_a_norm_whose_weight_is_zero_is_trained(name: str, last: bool, served: l
     check_norm(module, u, served)
 
 
+@pytest.mark.slow_unless(last=True)
 @each_build
 @pytest.mark.parametrize("last", [False, True])
 def test_equal_maxima_share_their_gradient(name: str, last: bool, served: list[str]) -> None:
@@ -365,6 +371,7 @@ def test_whoever_kept_running_statistics_for_a_gradient_is_told_that_they_change
         kept.backward()
 
 
+@pytest.mark.slow_unless(last=False)
 @pytest.mark.parametrize("last", [False, True])
 def test_two_hundred_steps_of_training_agree(last: bool, served: list[str]) -> None:
     losses = {}

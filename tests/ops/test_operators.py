@@ -33,6 +33,10 @@ def gates_of(module: nn.Module) -> Gates:
     return ops.Gates(module.channel.mlp(), module.spatial.window(), module.order == "parallel")
 
 
+@pytest.mark.slow_unless(last=True, training=True, name="spatial")
+@pytest.mark.slow_unless(last=True, training=False, name="cbam, parallel")
+@pytest.mark.slow_unless(last=False, training=True, name="cbam")
+@pytest.mark.slow_unless(last=False, training=False, name="cbam, identity")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("name", BUILDS)
 @pytest.mark.parametrize("training", [True, False])
@@ -65,6 +69,7 @@ def test_they_compute_what_is_computed_without_them(shortcut: bool) -> None:
         assert torch.equal(one, two)
 
 
+@pytest.mark.slow_unless(name="cbam, identity")
 @pytest.mark.parametrize("name", ["cbam", "cbam, identity"])
 def test_compiled_it_is_the_same_operator(name: str) -> None:
     module = BUILDS[name]()

@@ -101,7 +101,7 @@ def test_the_verdicts_come_first() -> None:
 
 
 def test_what_the_comparison_could_see_is_said_honestly() -> None:
-    given = results()
+    given = results(["se"])
     given["could_see_points"] = 0.3
     assert "fine enough for the 0.5 points" in Page(render(given)).text
     given["could_see_points"] = 256.0
@@ -177,14 +177,14 @@ def test_controls_are_told_where_there_are_some() -> None:
 
 
 def test_a_setting_without_a_name_of_its_own_appears_too() -> None:
-    given = results()
+    given = results(["se"])
     given["setting"] |= {"label_smoothing": 0.1, "mixed_precision": None}
     text = Page(render(given)).text
     assert "Label smoothing 0.1" in text and "Mixed precision" not in text
 
 
 def test_images_left_out_are_named_on_the_first_screen_and_listed() -> None:
-    given = results()
+    given = results(["se"])
     assert "were left out" not in Page(render(given)).text
     given["data"]["left_out"] = [{"path": f"train/cat/{place}.jpg", "reason": "truncated"} for place in range(600)]
     page = Page(render(given))
@@ -258,7 +258,7 @@ def test_hostile_names_stay_text() -> None:
 
 
 def test_nothing_is_loaded_from_anywhere() -> None:
-    html = render(results())
+    html = render(results(["cbam+dual"]))
     assert "http" not in html and "src=" not in html and "@import" not in html and "url(" not in html
     page = Page(html)
     assert not {"script", "img", "iframe", "object", "embed"} & {tag for tag, _ in page.elements}
@@ -315,10 +315,10 @@ def test_all_words_have_contrast(scheme: int) -> None:
 
 
 def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
-    given = results()
+    given = results(["se", "cbam"])
     before = copy.deepcopy(given)
     first = convattn.reporting.write(given, tmp_path / "first").read_bytes()
-    second = convattn.reporting.write(results(), tmp_path / "second").read_bytes()
+    second = convattn.reporting.write(results(["se", "cbam"]), tmp_path / "second").read_bytes()
     assert first == second
     assert given == before
 
@@ -352,6 +352,7 @@ def test_a_class_without_test_images_has_no_gain() -> None:
     assert "dog – –" in text
 
 
+@pytest.mark.slow_unless(epochs=1)
 @pytest.mark.parametrize("epochs", [1, 2, 3])
 def test_few_epochs(epochs: int) -> None:
     assert "Learning curves" in render(results(["se"], epochs=epochs))
@@ -371,6 +372,7 @@ def test_the_start_of_the_gates_is_told(start: str, expected: str) -> None:
     assert (">Strength<" in html) == (start == "identity")
 
 
+@pytest.mark.slow
 def test_five_variants_stay_below_a_megabyte(tmp_path: Path) -> None:
     names = ["se", "cbam", "dual", "cbam+dual", "eca"]
     given = results(names, classes=[f"class {place}" for place in range(100)], seeds=5, epochs=100, sites=33)

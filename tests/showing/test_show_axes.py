@@ -136,6 +136,8 @@ OVER = {
 }
 
 
+@pytest.mark.slow_unless(blended=False, start="identity", axes=["channel", "spatial", "width", "whole map"])
+@pytest.mark.slow_unless(blended=True, start="paper", axes="channel and spatial")
 @pytest.mark.parametrize("start", ["identity", "paper"])
 @pytest.mark.parametrize("blended", [False, True])
 @pytest.mark.parametrize("axes", OVER)
@@ -203,6 +205,8 @@ def added(network: nn.Module, images: list[Path]) -> tuple[torch.Tensor, torch.T
     return found[0], found[1]
 
 
+@pytest.mark.slow_unless(start="identity", axes="channel")
+@pytest.mark.slow_unless(id="Doubled-channel and spatial-identity")
 @pytest.mark.parametrize("start", ["identity", "paper"])
 @pytest.mark.parametrize(
     ("cls", "axes"),

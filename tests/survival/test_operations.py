@@ -277,10 +277,14 @@ OPERATIONS = {
     "aot_eager": Operation(lambda model: torch.compile(model, backend="aot_eager"), **TRACED),
 }
 # in which places a test of a few seconds looks, and with which modules; the rest is slow
-QUICK = {("resnet20", "residual", "cbam"), ("mobilenet_v2", "shortcut", "se"), ("densenet", "pool", "dual")}
-QUICK |= {("detector", "residual", "se"), ("reparameterised", "block", "se"), ("detector", "layer", "se")}
-# these take a second each
+QUICK = {("detector", "residual", "se"), ("reparameterised", "block", "se"), ("detector", "layer", "se")}
+QUICK |= {("densenet", "pool", "dual")}
+# these take a second each, in one place
 COMPILED = ("quantisation of FX", "jit.trace", "export", "aot_eager")
+# and these look in larger networks too; only in this one `fuse_modules` finds layers under the names that it looks for
+RESNET, MOBILENET = ("resnet20", "residual", "cbam"), ("mobilenet_v2", "shortcut", "se")
+IN_LARGER = {(operation, cell) for operation in ("deepcopy", "symbolic trace") for cell in (RESNET, MOBILENET)}
+IN_LARGER |= {("fuse_modules", RESNET)}
 
 
 def cells() -> Iterator[object]:
@@ -289,7 +293,10 @@ def cells() -> Iterator[object]:
             # heads stand there, gates do not
             continue
         cell = (network, at, attention)
-        quick = cell in QUICK and (operation not in COMPILED or cell == ("resnet20", "residual", "cbam"))
+        if operation in COMPILED:
+            quick = cell == ("detector", "residual", "se")
+        else:
+            quick = cell in QUICK or (operation, cell) in IN_LARGER
         marks = () if quick else pytest.mark.slow
         yield pytest.param(operation, *cell, marks=marks, id=f"{operation}-{network}-{at}-{attention}")
 

@@ -75,6 +75,9 @@ def test_mode_of_the_network(training: bool) -> None:
     check(traced, x, model(x))
 
 
+@pytest.mark.slow_unless(network=["densenet", "detector"])
+@pytest.mark.slow_unless(network="resnet20", at=["residual", "shortcut", "pool"])
+@pytest.mark.slow_unless(network="mobilenet_v2", at="final")
 @pytest.mark.parametrize("at", [*PLACES, "pool"])
 @pytest.mark.parametrize("network", ["resnet20", "mobilenet_v2", "densenet", "detector"])
 def test_every_place(network: str, at: str) -> None:
@@ -100,6 +103,8 @@ class LeavesByClass(fx.Tracer):
         return isinstance(m, self.kinds) or super().is_leaf_module(m, module_qualified_name)
 
 
+@pytest.mark.slow_unless(network="resnet20", at="shortcut")
+@pytest.mark.slow_unless(network="densenet", at=["block", "pool"])
 @pytest.mark.parametrize("at", [*PLACES, "pool"])
 @pytest.mark.parametrize("network", ["resnet20", "mobilenet_v2", "densenet"])
 def test_leaves_of_any_kind(network: str, at: str) -> None:
@@ -116,6 +121,7 @@ def test_leaves_of_any_kind(network: str, at: str) -> None:
             assert distance(fx.GraphModule(model, graph)(x), y) < 1e-5, kind
 
 
+@pytest.mark.slow_unless(at=["residual", "final", "pool"])
 @pytest.mark.parametrize("at", [*PLACES, "pool"])
 def test_feature_extractor_gives_maps(at: str) -> None:
     model, x = networks.plain("resnet20"), images()
