@@ -420,7 +420,6 @@ def interrupted(world: Path, when: Callable[[], object], *, jobs: int) -> tuple[
     return process.returncode, out, err
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="an interrupt is sent differently there")
 def test_interrupted_in_the_middle(world: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     log = world / "out" / "runs" / "baseline-seed0" / "log.jsonl"

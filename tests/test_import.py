@@ -124,7 +124,6 @@ print(sorted({"scipy", "sklearn", "timm", "torchvision", "triton", "typer", "mat
     assert run(ONLY_TORCH + code).split("\n") == [*convattn.names(), "[]"]
 
 
-@pytest.mark.slow
 def test_attach_needs_only_torch() -> None:
     code = """
 import torch

@@ -812,7 +812,6 @@ def test_a_loss_that_is_no_number(own_world: World, quick: None) -> None:
 # several at a time
 
 
-@pytest.mark.slow
 def test_several_at_a_time_find_the_same(world: World, first: Path, tmp_path: Path, quick: None) -> None:
     results = world.run(out=tmp_path / "out", jobs=2)
     assert lasting(results) == lasting(read(first))
