@@ -98,10 +98,11 @@ def trained(**changes: Any) -> Path:
     return Path("weights.safetensors")
 
 
-def check_refused(error: str, file: Path | str, code: str) -> None:
-    """One line that says which file names which code, and the option to give."""
-    assert error.startswith(f"convattn: {file} names code to run, {code}: ")
-    assert f"give --trust {code} (from Python trust={code!r})" in error
+def check_refused(error: str, file: Path | str, *codes: str) -> None:
+    """One line that says which file names which code, all of it, and the options to give."""
+    assert error.startswith(f"convattn: {file} names code to run, {', '.join(codes)}: ")
+    options, given = " ".join(f"--trust {code}" for code in codes), codes[0] if len(codes) == 1 else list(codes)
+    assert f"give {options} (from Python trust={given!r})" in error
     assert error.count("\n") == 1
     assert not ran()
 
@@ -263,7 +264,7 @@ def test_seeds_are_added_to_a_plan_that_names_code(done: Path, call: Call) -> No
     words = ["compare", "out", "--add-seeds", "1", "-q"]
     status, error = call(*words)
     assert status == 2
-    check_refused(error, plan, "mine.py:network")
+    check_refused(error, plan, "mine.py:network", "mine.py:Mine")
     status, error = call(*words, "--trust", "mine.py:network")
     assert status == 2
     check_refused(error, plan, "mine.py:Mine")
@@ -309,7 +310,7 @@ def test_checkpoints_of_a_comparison(done: Path, call: Call) -> None:
     words = ["show", weights, "a.png", "--out", "shown"]
     status, error = call(*words)
     assert status == 2
-    check_refused(error, weights, "mine.py:network")
+    check_refused(error, weights, "mine.py:network", "mine.py:Mine")
     assert call(*words, "--trust", "mine.py:network", "--trust", "mine.py:Mine") == (0, "")
 
 

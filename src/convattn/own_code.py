@@ -61,13 +61,15 @@ def check(names: Iterable[object], where: Path | str, trust: Trust) -> None:
         InvalidOption: `trust` is none.
     """
     trusted = {_location(name) for name in _listed(trust)}
-    for name in names:
-        if is_named(name) and _location(str(name)) not in trusted:
-            said = _shown(str(name))
-            raise UntrustedCode(
-                f"{where} names code to run, {said}: if you trust that code, give --trust {said} (from Python "
-                f"trust={str(name)!r}). Nothing was run."
-            )
+    named = dict.fromkeys(str(name) for name in names if is_named(name))
+    unknown = [name for name in named if _location(name) not in trusted]
+    if unknown:
+        said = [_shown(name) for name in unknown]
+        given = unknown[0] if len(unknown) == 1 else unknown
+        raise UntrustedCode(
+            f"{where} names code to run, {', '.join(said)}: if you trust that code, give "
+            f"{' '.join(f'--trust {name}' for name in said)} (from Python trust={given!r}). Nothing was run."
+        )
 
 
 def _listed(trust: Trust) -> list[str]:

@@ -1753,3 +1753,14 @@ def test_the_table_counts_what_is_added() -> None:
         f"{sum(site.multiply_adds for site in chosen):,}",
     ]
     assert len(list(chosen)) == len(chosen) == 7
+
+
+@pytest.mark.parametrize("pixels", [64, 32, 16, 8])
+@pytest.mark.parametrize("at", ["block", "stage", "residual", "final"])
+def test_sites_are_the_same_at_every_size_of_images(at: str, pixels: int) -> None:
+    """Maps of one position are maps too, and stages end among them where a convolution has a stride."""
+    model = torchvision.models.resnet18()
+    expected = [(site.name, site.stage) for site in plan(model, "se", at=at, example=torch.zeros(1, 3, 128, 128))]
+    found = plan(model, "se", at=at, example=torch.zeros(1, 3, pixels, pixels))
+    assert [(site.name, site.stage) for site in found] == expected
+    assert len(found) == {"block": 8, "stage": 4, "residual": 8, "final": 1}[at]

@@ -120,6 +120,18 @@ def test_functions_that_merge_past_a_gate_are_refused(merge, where: str, other: 
     assert torch.equal(model(x), y) and sites(model) == [where]
 
 
+def test_a_convolution_that_was_merged_in_a_loop_takes_no_place_before_its_norm() -> None:
+    model, x = networks.plain("resnet20"), images()
+    stronger(attach(model, "se", at="layer", where="layer1.0.conv1", example=x))
+    y, block = model(x), model.layer1[0]
+    merged = nn.Conv2d(16, 16, 3, padding=1, bias=True)
+    with pytest.raises(AttachError, match="has a bias, as one that was merged with that norm has"):
+        block.conv1 = merged
+    assert torch.equal(model(x), y)
+    block.conv1 = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+    assert sites(model) == ["layer1.0.conv1"]
+
+
 def test_a_forward_of_the_layer_is_set_at_the_layer() -> None:
     model, x = Detector().eval(), images()
     stronger(attach(model, "se", example=x))

@@ -164,7 +164,8 @@ def of_tokens(maps: Maps, blocks: list[Block]) -> list[str]:
 def stage_ends(maps: Maps, sums: list[Sum], blocks: list[Block]) -> list[Value]:
     """The maps with which the stages of a network end.
 
-    A stage is a run of blocks, and of residual sums outside of them, whose maps have one size. It ends with the first
+    A stage is a run of blocks, and of residual sums outside of them, whose maps have one size; maps of one position stay
+    so behind a stride, and there the next stage begins. It ends with the first
     map of a layer through which all goes that later depends on maps of this size; where there is none, as in networks
     whose cells take the outputs of two others, with that of the last block.
     """
@@ -181,12 +182,26 @@ def stage_ends(maps: Maps, sums: list[Sum], blocks: list[Block]) -> list[Value]:
     }
     # windows of a map are no maps of the network
     ordered = [values[index] for index in sorted(values) if values[index].shape[0] == maps.batch]
-    runs = [list(run) for _, run in groupby(ordered, key=maps.size)]
+    strides = [call.first for call in maps.calls if call.y is not None and _is_strided(layer_of(call.module))]
+    stages = accumulate(
+        (any(before.index < first <= value.index for first in strides) for before, value in pairwise(ordered)),
+        initial=0,
+    )
+    numbers = {
+        value.index: stage if prod(maps.size(value)) == 1 else 0 for value, stage in zip(ordered, stages, strict=False)
+    }
+    runs = [list(run) for _, run in groupby(ordered, key=lambda value: (maps.size(value), numbers[value.index]))]
     limits = [*(run[0].index for run in runs), len(maps.seen.values)][1:]
     last_use = {
         value.index: max(maps.seen.users.get(value.index, [-1])) for value in maps.seen.values if maps.is_map(value)
     }
     return [_end(maps, run[-1], limit, last_use) for run, limit in zip(runs, limits, strict=True)]
+
+
+def _is_strided(layer: nn.Module) -> bool:
+    """Whether a convolution makes maps smaller, where they have more than one position."""
+    stride = layer.stride if isinstance(layer, CONVOLUTIONS[:3]) else 1
+    return any(step > 1 for step in (stride if isinstance(stride, tuple) else (stride,)))
 
 
 def _is_in_branch(value: Value, sums: list[Sum], blocks: list[Block]) -> bool:

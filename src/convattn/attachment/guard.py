@@ -30,6 +30,12 @@ class Children(dict[str, Any]):
             lost = [] if moved else _lost(old, new)
             if lost and new is None:
                 self._refuse(key)
+            if lost and _is_merged_with_a_norm(self, key, new):
+                raise AttachError(
+                    f"{key!r} has attention between a layer and the norm behind it, and the new layer has a bias, as one "
+                    f"that was merged with that norm has: convattn.detach or convattn.fold the network first, or attach "
+                    f"at='block'. The model was not changed."
+                )
             if lost and _takes_over(old, new):
                 # the attention inside of the layer is gone all the same
                 lost = _lost(layer_of(old), new)
@@ -128,6 +134,18 @@ def _takes_over(old: nn.Module, new: nn.Module) -> bool:
         return False
     # a head stands beside a pooling, which is no longer there
     return not (isinstance(old, AttachedHead) and type(new) is nn.Identity)
+
+
+def _is_merged_with_a_norm(children: dict[str, Any], key: str, new: Any) -> bool:
+    """Whether a layer without bias, which has attention behind it and then a norm, is to become one with a bias."""
+    old = children[key]
+    if type(old) is not Attached or type(new) is not type(layer_of(old)):
+        return False
+    if getattr(layer_of(old), "bias", 0) is not None or getattr(new, "bias", None) is None:
+        return False
+    names = list(children)
+    following = children[names[names.index(key) + 1]] if key != names[-1] else None
+    return isinstance(following, nn.modules.batchnorm._BatchNorm)
 
 
 def _lost(old: nn.Module, new: Any) -> list[str]:
