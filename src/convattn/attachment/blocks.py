@@ -164,10 +164,10 @@ def of_tokens(maps: Maps, blocks: list[Block]) -> list[str]:
 def stage_ends(maps: Maps, sums: list[Sum], blocks: list[Block]) -> list[Value]:
     """The maps with which the stages of a network end.
 
-    A stage is a run of blocks, and of residual sums outside of them, whose maps have one size; maps of one position stay
-    so behind a stride, and there the next stage begins. It ends with the first
-    map of a layer through which all goes that later depends on maps of this size; where there is none, as in networks
-    whose cells take the outputs of two others, with that of the last block.
+    A stage is a run of blocks, and of residual sums outside of them, whose maps have one size; where they have one
+    position, a stride begins the next one. It ends with the first map of a layer through which all goes that later
+    depends on maps of its size; where there is none, as in networks whose cells take the outputs of two others, with
+    that of the last block.
     """
     inside = {index for block in blocks for index in range(block.first, block.last)}
     beside = [one.value for one in sums if one.value.index not in inside]
@@ -183,14 +183,9 @@ def stage_ends(maps: Maps, sums: list[Sum], blocks: list[Block]) -> list[Value]:
     # windows of a map are no maps of the network
     ordered = [values[index] for index in sorted(values) if values[index].shape[0] == maps.batch]
     strides = [call.first for call in maps.calls if call.y is not None and _is_strided(layer_of(call.module))]
-    stages = accumulate(
-        (any(before.index < first <= value.index for first in strides) for before, value in pairwise(ordered)),
-        initial=0,
-    )
-    numbers = {
-        value.index: stage if prod(maps.size(value)) == 1 else 0 for value, stage in zip(ordered, stages, strict=False)
-    }
-    runs = [list(run) for _, run in groupby(ordered, key=lambda value: (maps.size(value), numbers[value.index]))]
+    # how many strides lie before each map of one position
+    strided = {one.index: sum(first <= one.index for first in strides) for one in ordered if prod(maps.size(one)) == 1}
+    runs = [list(run) for _, run in groupby(ordered, key=lambda one: (maps.size(one), strided.get(one.index)))]
     limits = [*(run[0].index for run in runs), len(maps.seen.values)][1:]
     last_use = {
         value.index: max(maps.seen.users.get(value.index, [-1])) for value in maps.seen.values if maps.is_map(value)

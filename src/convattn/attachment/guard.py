@@ -32,8 +32,8 @@ class Children(dict[str, Any]):
                 self._refuse(key)
             if lost and _is_merged_with_a_norm(self, key, new):
                 raise AttachError(
-                    f"{key!r} has attention between a layer and the norm behind it, and the new layer has a bias, as one "
-                    f"that was merged with that norm has: convattn.detach or convattn.fold the network first, or attach "
+                    f"{key!r} has attention between a layer and the norm behind it, and the new layer has a bias, as "
+                    f"one merged with that norm has: convattn.detach or convattn.fold the network first, or attach "
                     f"at='block'. The model was not changed."
                 )
             if lost and _takes_over(old, new):
