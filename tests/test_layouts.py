@@ -759,6 +759,21 @@ NEAREST: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         {},
         "ca.fc.0.weight has the shape (1, 4, 1, 1), expected a two-dimensional convolution in a block of 8 channels.",
     ),
+    # with none of their keys
+    (
+        {
+            **{"se.conv_reduce.weight": torch.ones(2, 8, 1, 1), "se.conv_reduce.bias": torch.ones(2)},
+            **{"se.conv_expand.weight": torch.ones(8, 2, 1, 1), "se.conv_expand.bias": torch.ones(8)},
+        },
+        {},
+        "The nearest is 'timm-se' and 'torchvision-se': 'fc1.weight' is missing.",
+    ),
+    ({"conv.weight": torch.ones(1, 2, 7, 7)}, {}, "The nearest is 'post' and 'luuuyi': 'conv1.weight' is missing."),
+    (
+        {"mlp.0.weight": torch.ones(2, 8), "mlp.2.weight": torch.ones(8, 2)},
+        {},
+        "The nearest is 'post' and 'moskomule-se': 'fc.0.weight' is missing.",
+    ),
 ]
 
 
@@ -918,5 +933,5 @@ def test_damaged_state_dicts_are_read_whole_or_refused_in_one_line() -> None:
 
 
 def test_even_kernel_is_refused() -> None:
-    with pytest.raises(InvalidOption, match="kernel_size must be odd, got 4"):
+    with pytest.raises(LayoutError, match=r"'post' and 'luuuyi', but conv1.weight has the shape .* the same odd k"):
         module_from({"conv1.weight": torch.ones(1, 2, 4, 4)})

@@ -225,8 +225,16 @@ def test_a_loop_of_links_is_nobodys_file(world: Path) -> None:
         {"classes": "abc"},
         {"image_size": -1},
         {"image_size": "16"},
+        {"image_size": 10**30},
         {"mean": None},
+        {"mean": [0.5]},
+        {"mean": ["0.5"] * 3},
+        {"mean": [10**400] * 3},
+        {"mean": [float("nan")] * 3},
+        {"std": [0.2, 0.2, 0.0]},
+        {"std": [None] * 3},
         {"start": None},
+        {"classes": [1, None]},
     ],
     ids=str,
 )
@@ -236,9 +244,18 @@ def test_metadata_that_are_something_else(changes: dict[str, Any]) -> None:
     assert not ran()
 
 
-def test_metadata_without_end() -> None:
+@pytest.mark.parametrize("name", ["built", "own"])
+def test_names_in_metadata_are_one_line(name: str) -> None:
+    about = {"built": "\x1b[2J\n"} if name == "built" else {"own": {"q": "\x1b[2J\n"}, "variant": "q"}
+    with pytest.raises(WeightsError, match=r"the function|a module of the user's own") as caught:
+        checkpoint.load(innocent(**about), trust="mine.py:network")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5_000])
+def test_metadata_without_end(text: str) -> None:
     path = Path("deep.safetensors")
-    safetensors.torch.save_file({"x": torch.ones(1)}, path, metadata={"convattn": "[" * 100_000})
+    safetensors.torch.save_file({"x": torch.ones(1)}, path, metadata={"convattn": text})
     with pytest.raises(WeightsError, match="is not a checkpoint of convattn"):
         checkpoint.load(path)
 

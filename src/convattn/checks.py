@@ -73,6 +73,18 @@ def said(thing: object) -> str:
     return text if len(text) <= 80 and text.isprintable() else f"a {type(thing).__name__}"
 
 
+def quoted(name: object) -> str:
+    """A name from a file as a message shows it: in quotes, in one line, the beginning of a long one."""
+    text = str(name)
+    return repr(text) if len(text) <= 80 else f"{text[:80]!r}..."
+
+
+def shown(name: object) -> str:
+    """A name from a file as a message shows it: as it is, but quoted where it is long or not in one line."""
+    text = str(name)
+    return text if len(text) <= 80 and text.isprintable() else quoted(text)
+
+
 def reason(error: BaseException) -> str:
     """The first line of what an error says, or its class where it says nothing."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -5,8 +5,10 @@ its activations or pools: where that leaves a choice, the caller decides, or the
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from itertools import takewhile
 from typing import Any
 
@@ -138,7 +140,7 @@ def _tensors(state_dict: Mapping[str, Any]) -> State:
         if not key.endswith(BATCHES):
             dtypes.setdefault(value.dtype, key)
     if len(dtypes) > 1:
-        said = " and ".join(f"{_quoted(key)} is {dtype}" for dtype, key in dtypes.items())
+        said = " and ".join(f"{checks.quoted(key)} is {dtype}" for dtype, key in dtypes.items())
         raise LayoutError(f"module_from: {said}; convert them to one dtype.")
     return {key: value.detach().clone() for key, value in state_dict.items()}
 
@@ -148,21 +150,16 @@ def _fault(key: Any, value: Any) -> str | None:
     if not isinstance(key, str):
         return f"a key is of type {type(key).__name__}"
     if type(value) not in (torch.Tensor, nn.Parameter):
-        return f"{_quoted(key)} is of type {type(value).__name__}"
+        return f"{checks.quoted(key)} is of type {type(value).__name__}"
     if value.is_quantized or value.is_nested or value.layout != torch.strided:
         kind = "quantized" if value.is_quantized else "nested" if value.is_nested else value.layout
-        return f"{_quoted(key)} is not a plain dense tensor ({kind})"
+        return f"{checks.quoted(key)} is not a plain dense tensor ({kind})"
     if value.is_meta or (value.numel() and not value.untyped_storage().nbytes()):
-        return f"{_quoted(key)} has no values (device {value.device})"
+        return f"{checks.quoted(key)} has no values (device {value.device})"
     counts = key.endswith(BATCHES) and value.dtype == torch.int64
     if value.dtype not in DTYPES and not counts:
-        return f"{_quoted(key)} is {value.dtype}, not one of {', '.join(map(str, DTYPES))}"
+        return f"{checks.quoted(key)} is {value.dtype}, not one of {', '.join(map(str, DTYPES))}"
     return None
-
-
-def _quoted(key: str) -> str:
-    # a message is one line, whatever a key holds
-    return repr(str(key)) if len(key) <= 80 else f"{str(key)[:80]!r}..."
 
 
 def _matched(state: State, layout: str | None) -> tuple[list[Form], State]:
@@ -178,7 +175,7 @@ def _matched(state: State, layout: str | None) -> tuple[list[Form], State]:
                 f"module_from: the keys and shapes are not of the layout {layout!r}; they fit {_listed(forms)}."
                 f"{_nearest(wanted, readings)}"
             )
-    shown = ", ".join(_quoted(key) for key in sorted(state)[:6]) + (", ..." if len(state) > 6 else "")
+    shown = ", ".join(checks.quoted(key) for key in sorted(state)[:6]) + (", ..." if len(state) > 6 else "")
     raise LayoutError(
         f"module_from: these keys belong to no known layout ({', '.join(LAYOUTS)}): {shown}."
         f"{_nearest(wanted, readings)} Give the state dict of one attention module, of a basic residual block without "
@@ -203,7 +200,7 @@ def _faults(form: Form, state: State) -> list[str]:
     faults = [f"{key!r} is missing" for key in names if key not in state]
     for key, value in state.items():
         if not _our_key(names, key):
-            faults.append(f"{_quoted(key)} is not of it")
+            faults.append(f"{checks.quoted(key)} is not of it")
         elif form.flat is not None and key.endswith("weight") and not _is_layer(value, form.flat):
             layer = "linear layer" if form.flat else "1x1 convolution"
             faults.append(f"{key} has the shape {tuple(value.shape)}, expected that of a {layer}")
@@ -224,17 +221,29 @@ def _our_key(names: Mapping[str, str], key: str) -> str:
 
 
 def _nearest(forms: list[Form], readings: list[State]) -> str:
-    """A sentence that names the nearest of the forms that share a key with the state dict, and its first fault."""
-    shared = [
-        (form, faults)
-        for rest in readings
-        for form in forms
-        if (faults := _faults(form, rest)) and any(_our_key({**form.keys, **form.maybe}, key) for key in rest)
-    ]
-    if not shared:
-        return ""
-    form, faults = min(shared, key=lambda pair: len(pair[1]))
+    """A sentence that names the nearest of the forms, and its first fault.
+
+    That is the one with the fewest faults of those that share a key with the state dict; where none does, the one whose
+    tensors are most alike.
+    """
+    pairs = [(form, rest, faults) for rest in readings for form in forms if (faults := _faults(form, rest))]
+    sharing = [one for one in pairs if any(_our_key({**one[0].keys, **one[0].maybe}, key) for key in one[1])]
+    if sharing:
+        form, _, faults = min(sharing, key=lambda one: len(one[2]))
+    else:
+        form, _, faults = min(pairs, key=lambda one: _distance(one[0], one[1]))
     return f" The nearest is {_listed([form])}: {faults[0]}."
+
+
+def _distance(form: Form, state: State) -> tuple[int, bool, float]:
+    """How many tensors are others, by the last word of their names and the kind of layer, and how unlike names are."""
+    more = Counter(key.rpartition(".")[2] for key in state if not key.endswith(BATCHES))
+    more.subtract(key.rpartition(".")[2] for key in form.keys)
+    weights = [value for value in state.values() if value.dim() > 1]
+    other = [value for value in weights if form.flat is not None and not _is_layer(value, form.flat)]
+    mixed = form.flat is None and all(_is_layer(value, True) or _is_layer(value, False) for value in weights)
+    alike = SequenceMatcher(None, " ".join(sorted(state)), " ".join(sorted(form.keys))).ratio()
+    return sum(map(abs, more.values())) + len(other), mixed, -alike
 
 
 def _decided(forms: list[Form], state: State, overrides: Options) -> Form:
@@ -376,8 +385,8 @@ def _spatial(state: State, prefix: str) -> Options:
             f"{prefix}conv.weight",
             "(1, 2, k, ...): one over the average of mean and maximum (timm's light CBAM) is another module",
         )
-    if shape[-1] == 0 or len(set(shape[2:])) > 1:
-        raise _WrongShape(f"{prefix}conv.weight", "(1, 2, k, ...) with the same k on all sides")
+    if shape[-1] % 2 == 0 or len(set(shape[2:])) > 1:
+        raise _WrongShape(f"{prefix}conv.weight", "(1, 2, k, ...) with the same odd k on all sides")
     norm = "batch" if f"{prefix}norm.weight" in state else None
     return {"kernel_size": shape[-1], "dimensions": len(shape) - 2, "norm": norm}
 

@@ -422,6 +422,21 @@ def test_gates_that_depend_on_the_input_are_kept(kind: str, start: str) -> None:
     assert all(one.deviation > 0.01 for one in found)
 
 
+class OfBatch(Gate):
+    """One gate of all images of a batch, of an odd function of them."""
+
+    def __init__(self, channels: int, *, dimensions: int = 2, start: str = "paper") -> None:
+        super().__init__(channels=channels, dimensions=dimensions, start=start)
+
+    def gate(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(4 * x.tanh().mean((0, 2, 3), keepdim=True))
+
+
+def test_gates_that_depend_on_the_batch_are_kept() -> None:
+    found = check_kept(attach(network(), OfBatch, start="paper"), images(), "it depends on the input")
+    assert all(one.deviation > 0.01 for one in found)
+
+
 @pytest.mark.slow_unless(id=["channel-channel-spatial", "spatial-spatial-channel", "spatial-parallel"])
 @pytest.mark.parametrize("order", ["channel-spatial", "spatial-channel", "parallel"])
 @pytest.mark.parametrize("which", ["channel", "spatial"])

@@ -312,3 +312,19 @@ def test_elementwise_by_name_is_shown(kept: Callable[..., Any], images: list[Pat
     path, _ = kept("mine", Elementwise)
     folder = show(path, images, tmp_path / "out", factories={"mine": Elementwise})
     assert [row.kind for row in table(folder)] == ["channel and spatial"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        ((2, 5, 1, 1), "channel"),
+        ((2, 5, 4, 1), "channel and height"),
+        ((2, 5, 1, 3), "channel and width"),
+        ((2, 1, 4, 1), "height"),
+        ((2, 1, 4, 3), "spatial"),
+        ((2, 5, 4, 3), "channel and spatial"),
+    ],
+)
+def test_what_is_added_is_named_by_the_axes_over_which_it_varies(shape: tuple[int, ...], axes: str) -> None:
+    (row,) = summarise({"site": {"update": random(*shape), "map": np.array([5, 4, 3], dtype=np.float32)}}, 2)
+    assert row.kind == f"update ({axes})"

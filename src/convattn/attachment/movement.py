@@ -97,7 +97,9 @@ def _probes(gate: nn.Module, site: Site) -> Iterator[torch.Tensor]:
         level = torch.randn(*shape[:2], *[1] * len(site.size), generator=generator, dtype=torch.float64)
         noise = torch.randn(shape, generator=generator, dtype=torch.float64)
         probe = scale * (level + noise)
-        yield torch.cat([probe, -probe])
+        # one after the other: together the mean of both over the batch would be 0
+        yield probe
+        yield -probe
 
 
 def _sides(gate: nn.Module, site: Site) -> tuple[int, ...]:

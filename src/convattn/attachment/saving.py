@@ -309,7 +309,8 @@ def _refuse_another(model: nn.Module, base: Tensors, saved: Saved, folder: Path,
 
 
 def _counted(keys: list[str]) -> str:
-    return f"{len(keys)} tensor{'s' if len(keys) > 1 else ''} ({keys[0]}{', ...' if len(keys) > 1 else ''})"
+    several = len(keys) > 1
+    return f"{len(keys)} tensor{'s' if several else ''} ({checks.shown(keys[0])}{', ...' if several else ''})"
 
 
 def _network(model: nn.Module) -> str:

@@ -17,7 +17,7 @@ LEGEND = "from, to: over channels or positions; variation: standard deviation ov
 UPDATE_LEGEND = "update: root mean square of what is added over that of the map; from, to: of its absolute value"
 POOL_LEGEND = "pool: 1 + change of the pooled vector, in units of its root mean square"
 UPDATE = "update"
-NO_GATES = (UPDATE, "pooled", "head", "strength")
+NO_GATES = (UPDATE, "map", "pooled", "head", "strength")
 # a gate that changes a map by less than a hundredth does nothing that another seed would not do
 NOTHING = 0.01
 # below this standard deviation over the images a gate is a constant
@@ -114,7 +114,7 @@ def summarise(sites: dict[str, dict[str, Array]], images: int) -> Table:
             gates["pool"] = relative(arrays)
         rows += [_row(site, kind, gate, strength) for kind, gate in gates.items()]
         if UPDATE in arrays:
-            rows.append(_row_of_update(site, arrays[UPDATE], strength))
+            rows.append(_row_of_update(site, arrays, strength))
     return Table(images, tuple(rows))
 
 
@@ -144,12 +144,14 @@ def _row(site: str, kind: str, values: Array, strength: float | None) -> Row:
     return Row(site, kind, float(average.mean()), low, high, variation, strength, _word(gate, spread))
 
 
-def _row_of_update(site: str, update: Array, strength: float | None) -> Row:
+def _row_of_update(site: str, arrays: dict[str, Array], strength: float | None) -> Row:
+    update = arrays[UPDATE]
     sizes = np.abs(update.reshape(len(update), -1).astype(np.float64))
     ratio = float(np.sqrt((sizes**2).mean(axis=1)).mean())
     average, spread = sizes.mean(axis=0), sizes.std(axis=0)
     word = "not finite" if not np.isfinite(sizes).all() else "does nothing" if ratio < NOTHING else "active"
-    axes = axes_of(update.shape, update.shape)
+    of_map = map(int, arrays["map"]) if "map" in arrays else update.shape[1:]
+    axes = axes_of(update.shape, (len(update), *of_map))
     kind = f"{UPDATE} ({axes})" if axes else UPDATE
     variation = float(spread.mean()) if len(sizes) > 1 else None
     return Row(site, kind, ratio, float(average.min()), float(average.max()), variation, strength, word)

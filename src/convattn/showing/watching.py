@@ -133,7 +133,9 @@ def _arrays(attention: Any, inputs: tuple[torch.Tensor, ...]) -> dict[str, Array
         tensors = by_axes(effects.gates(attention, x), x)
     else:
         power = x.double().square().mean(dim=tuple(range(1, x.dim())), keepdim=True)
-        tensors = {"update": effects.added(attention, x) / power.sqrt().clamp(min=torch.finfo(torch.float32).tiny)}
+        update = effects.added(attention, x) / power.sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+        # the sizes of the map tell what an update has one number for from what the map has one of
+        tensors = {"update": update, "map": torch.tensor(x.shape[1:])}
     if isinstance(strength, torch.Tensor):
         tensors["strength"] = strength
     return {name: _numbers(tensor) for name, tensor in tensors.items()}

@@ -11,13 +11,15 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from convattn import networks, own_code, registry
+from convattn import checks, networks, own_code, registry
 from convattn.attachment import attach
 from convattn.attachment.plans import own_entry
 from convattn.errors import WeightsError
 from convattn.train import controls
 
 BASELINE = "baseline"
+# what is at least as large is no size of images and no statistic of their pixels
+LARGEST = 1 << 16
 KEYS = ("backbone", "variant", "start", "classes", "image_size", "mean", "std")
 
 
@@ -81,8 +83,9 @@ def load(
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("convattn", "null"))
-    except (SafetensorError, OSError, json.JSONDecodeError, RecursionError) as error:
-        raise WeightsError(f"{path} is not a checkpoint of convattn: {error}.") from error
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        # of JSON a text that is none, or a number with thousands of digits
+        raise WeightsError(f"{path} is not a checkpoint of convattn: {checks.reason(error)}.") from error
     if not _is_about(about):
         raise WeightsError(
             f"{path} holds weights but not what they belong to: give a weights.safetensors that `convattn compare` "
@@ -90,8 +93,8 @@ def load(
         )
     if about.get("built"):
         raise WeightsError(
-            f"{path} holds the weights of a network that the function {about['built']} built: call that function and "
-            f"load them with safetensors.torch.load_model."
+            f"{path} holds the weights of a network that the function {checks.shown(about['built'])} built: call that "
+            f"function and load them with safetensors.torch.load_model."
         )
     given = factories or {}
     modules = modules_of(about["variant"])
@@ -119,12 +122,17 @@ def _is_about(about: Any) -> bool:
     if not isinstance(about, dict) or not set(KEYS) <= set(about):
         return False
     lists = [about[key] for key in ("classes", "mean", "std")]
+    if not all(isinstance(one, list) and one for one in lists):
+        return False
     words = [about[key] for key in ("backbone", "variant", "start")]
+    classes, mean, std = lists
     return (
-        all(isinstance(one, str) for one in words)
-        and all(isinstance(one, list) and one for one in lists)
+        all(isinstance(one, str) for one in (*words, *classes))
+        and len(mean) == len(std) == 3
+        and all(type(one) in (int, float) and abs(one) < LARGEST for one in (*mean, *std))
+        and all(one > 0 for one in std)
         and type(about["image_size"]) is int
-        and about["image_size"] > 0
+        and 0 < about["image_size"] < LARGEST
     )
 
 
@@ -134,6 +142,6 @@ def _refuse_unknown(modules: list[str], about: dict[str, Any], path: Path) -> No
     for name in modules:
         if isinstance(own, dict) and name in own and not registry.is_known(name):
             raise WeightsError(
-                f"{path} holds a network with {name!r}, a module of the user's own ({own[name]}): call "
+                f"{path} holds a network with {name!r}, a module of the user's own ({checks.shown(own[name])}): call "
                 f"convattn.register for it before, or give factories={{{name!r}: ...}}, from Python both."
             )
