@@ -155,8 +155,9 @@ def fused_by_hand(model: nn.Module) -> None:
 
 def fused_by_names(model: nn.Module) -> nn.Module:
     names = {name for name, _ in model.named_modules()}
-    pairs = [[f"{name}.conv1", f"{name}.bn1"] for name in names if {f"{name}.conv1", f"{name}.bn1"} <= names]
-    return fuse_modules(model, sorted(pairs)) if pairs else copy.deepcopy(model)
+    # a wrapped block comes twice, as the wrapper and as the block, and both by the name that its layers have
+    pairs = {(f"{name}.conv1", f"{name}.bn1") for name in names if {f"{name}.conv1", f"{name}.bn1"} <= names}
+    return fuse_modules(model, sorted(map(list, pairs))) if pairs else copy.deepcopy(model)
 
 
 def merged_by_their_network(model: nn.Module) -> nn.Module:

@@ -125,10 +125,8 @@ class Attached(nn.Module):
             memo.add(self)
         yield from _visit(prefix, self)
         dot, layer = prefix + "." if prefix else "", layer_of(self)
-        # without tensors of its own its name is not put before any: its children have theirs
-        path = LayerName(dot + INNER) if layer._parameters or layer._buffers else dot + INNER
         for name, module in layer.named_modules(memo, prefix, remove_duplicate):
-            yield (path if module is layer else name), module
+            yield (LayerName(dot + INNER) if module is layer else name), module
         for name, child in self._modules.items():
             if child is not None and name != INNER:
                 yield from child.named_modules(memo, dot + name, remove_duplicate)
