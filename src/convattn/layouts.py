@@ -226,16 +226,17 @@ def _nearest(forms: list[Form], readings: list[State]) -> str:
     That is the one with the fewest faults of those that share a key with the state dict; where none does, the one whose
     tensors are most alike.
     """
-    pairs = [(form, rest, faults) for rest in readings for form in forms if (faults := _faults(form, rest))]
-    sharing = [one for one in pairs if any(_our_key({**one[0].keys, **one[0].maybe}, key) for key in one[1])]
-    if sharing:
-        form, _, faults = min(sharing, key=lambda one: len(one[2]))
-    else:
-        form, _, faults = min(pairs, key=lambda one: _distance(one[0], one[1]))
-    return f" The nearest is {_listed([form])}: {faults[0]}."
+
+    def distance(form: Form, state: State) -> tuple[Any, ...]:
+        shares = any(_our_key({**form.keys, **form.maybe}, key) for key in state)
+        return (0, len(_faults(form, state))) if shares else (1, *_difference(form, state))
+
+    pairs = [(form, state) for state in readings for form in forms if _faults(form, state)]
+    form, state = min(pairs, key=lambda pair: distance(*pair))
+    return f" The nearest is {_listed([form])}: {_faults(form, state)[0]}."
 
 
-def _distance(form: Form, state: State) -> tuple[int, bool, float]:
+def _difference(form: Form, state: State) -> tuple[int, bool, float]:
     """How many tensors are others, by the last word of their names and the kind of layer, and how unlike names are."""
     more = Counter(key.rpartition(".")[2] for key in state if not key.endswith(BATCHES))
     more.subtract(key.rpartition(".")[2] for key in form.keys)

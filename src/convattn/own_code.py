@@ -64,11 +64,11 @@ def check(names: Iterable[object], where: Path | str, trust: Trust) -> None:
     named = dict.fromkeys(str(name) for name in names if is_named(name))
     unknown = [name for name in named if _location(name) not in trusted]
     if unknown:
-        said = [_shown(name) for name in unknown]
-        given = unknown[0] if len(unknown) == 1 else unknown
+        shown = [_shown(name) for name in unknown]
+        trust_all = unknown[0] if len(unknown) == 1 else unknown
         raise UntrustedCode(
-            f"{where} names code to run, {', '.join(said)}: if you trust that code, give "
-            f"{' '.join(f'--trust {name}' for name in said)} (from Python trust={given!r}). Nothing was run."
+            f"{where} names code to run, {', '.join(shown)}: if you trust that code, give "
+            f"{' '.join(f'--trust {name}' for name in shown)} (from Python trust={trust_all!r}). Nothing was run."
         )
 
 

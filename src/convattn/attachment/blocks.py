@@ -164,10 +164,10 @@ def of_tokens(maps: Maps, blocks: list[Block]) -> list[str]:
 def stage_ends(maps: Maps, sums: list[Sum], blocks: list[Block]) -> list[Value]:
     """The maps with which the stages of a network end.
 
-    A stage is a run of blocks, and of residual sums outside of them, whose maps have one size; where they have one
-    position, a stride begins the next one. It ends with the first map of a layer through which all goes that later
-    depends on maps of its size; where there is none, as in networks whose cells take the outputs of two others, with
-    that of the last block.
+    A stage is a run of blocks, and of residual sums outside of them, whose maps have the same size; on 1x1 maps, which
+    a stride does not make smaller, each stride begins a stage. A stage ends with the first map of a layer through which
+    all goes that later depends on maps of its size; where there is none, as in networks whose cells take the outputs of
+    two others, with that of the last block.
     """
     inside = {index for block in blocks for index in range(block.first, block.last)}
     beside = [one.value for one in sums if one.value.index not in inside]
@@ -183,9 +183,12 @@ def stage_ends(maps: Maps, sums: list[Sum], blocks: list[Block]) -> list[Value]:
     # windows of a map are no maps of the network
     ordered = [values[index] for index in sorted(values) if values[index].shape[0] == maps.batch]
     strides = [call.first for call in maps.calls if call.y is not None and _is_strided(layer_of(call.module))]
-    # how many strides lie before each map of one position
-    strided = {one.index: sum(first <= one.index for first in strides) for one in ordered if prod(maps.size(one)) == 1}
-    runs = [list(run) for _, run in groupby(ordered, key=lambda one: (maps.size(one), strided.get(one.index)))]
+
+    def size_and_strides(value: Value) -> tuple[tuple[int, ...], int]:
+        size = maps.size(value)
+        return size, sum(first <= value.index for first in strides) if prod(size) == 1 else 0
+
+    runs = [list(run) for _, run in groupby(ordered, key=size_and_strides)]
     limits = [*(run[0].index for run in runs), len(maps.seen.values)][1:]
     last_use = {
         value.index: max(maps.seen.users.get(value.index, [-1])) for value in maps.seen.values if maps.is_map(value)
@@ -194,7 +197,7 @@ def stage_ends(maps: Maps, sums: list[Sum], blocks: list[Block]) -> list[Value]:
 
 
 def _is_strided(layer: nn.Module) -> bool:
-    """Whether a convolution makes maps smaller, where they have more than one position."""
+    """Whether a layer is a convolution with a stride, which makes maps smaller that have several positions."""
     stride = layer.stride if isinstance(layer, CONVOLUTIONS[:3]) else 1
     return any(step > 1 for step in (stride if isinstance(stride, tuple) else (stride,)))
 

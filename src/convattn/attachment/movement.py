@@ -97,7 +97,7 @@ def _probes(gate: nn.Module, site: Site) -> Iterator[torch.Tensor]:
         level = torch.randn(*shape[:2], *[1] * len(site.size), generator=generator, dtype=torch.float64)
         noise = torch.randn(shape, generator=generator, dtype=torch.float64)
         probe = scale * (level + noise)
-        # one after the other: together the mean of both over the batch would be 0
+        # in two batches: in one the mean over the batch would be 0 at all magnitudes
         yield probe
         yield -probe
 

@@ -33,9 +33,9 @@ def show(
     - `gates.npz`: the gates as applied, each named by what it varies over: `<site>/channel` (B, C, 1, 1),
       `<site>/spatial` (B, 1, H, W), `<site>/channel and spatial` (B, C, H, W), `<site>/height` (B, 1, H, 1) and so on;
       `<site>/update`, what a module adds, in units of the root mean square of the map of each image, with the sizes
-      (C, H, W) of that map as `<site>/map`; `<site>/pooled`
-      and `<site>/head` (B, C) of a pooling head; `<site>/strength` (1,) where there is one; `layer/<layer>`
-      (B, C, H, W); `paths`, `names`, `predictions` (B, classes) and `classes`.
+      (C, H, W) of that map as `<site>/map`; `<site>/pooled` and `<site>/head` (B, C) of a pooling head;
+      `<site>/strength` (1,) where there is one; `layer/<layer>` (B, C, H, W); `paths`, `names`, `predictions`
+      (B, classes) and `classes`.
     - `spatial-<name>.png` for each image: its gates that vary over positions, in the mean over channels. The name is
       the image's stem, numbered where two images share it.
     - `channel.png`: the gates that vary over channels, in the mean over positions. `pool.png`: what a pooling head

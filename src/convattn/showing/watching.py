@@ -134,7 +134,7 @@ def _arrays(attention: Any, inputs: tuple[torch.Tensor, ...]) -> dict[str, Array
     else:
         power = x.double().square().mean(dim=tuple(range(1, x.dim())), keepdim=True)
         update = effects.added(attention, x) / power.sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-        # the sizes of the map tell what an update has one number for from what the map has one of
+        # an axis of size 1 of the update says that it does not vary there only where the map is larger
         tensors = {"update": update, "map": torch.tensor(x.shape[1:])}
     if isinstance(strength, torch.Tensor):
         tensors["strength"] = strength

@@ -18,7 +18,7 @@ from convattn.errors import WeightsError
 from convattn.train import controls
 
 BASELINE = "baseline"
-# what is at least as large is no size of images and no statistic of their pixels
+# sizes of images, and means and deviations of their pixels, are below this
 LARGEST = 1 << 16
 KEYS = ("backbone", "variant", "start", "classes", "image_size", "mean", "std")
 
@@ -84,7 +84,7 @@ def load(
         with safetensors.safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("convattn", "null"))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        # of JSON a text that is none, or a number with thousands of digits
+        # ValueError: no JSON, or a number with thousands of digits in it
         raise WeightsError(f"{path} is not a checkpoint of convattn: {checks.reason(error)}.") from error
     if not _is_about(about):
         raise WeightsError(
@@ -122,15 +122,15 @@ def _is_about(about: Any) -> bool:
     if not isinstance(about, dict) or not set(KEYS) <= set(about):
         return False
     lists = [about[key] for key in ("classes", "mean", "std")]
-    if not all(isinstance(one, list) and one for one in lists):
+    if not all(isinstance(values, list) and values for values in lists):
         return False
     words = [about[key] for key in ("backbone", "variant", "start")]
     classes, mean, std = lists
     return (
-        all(isinstance(one, str) for one in (*words, *classes))
+        all(isinstance(word, str) for word in (*words, *classes))
         and len(mean) == len(std) == 3
-        and all(type(one) in (int, float) and abs(one) < LARGEST for one in (*mean, *std))
-        and all(one > 0 for one in std)
+        and all(type(number) in (int, float) and abs(number) < LARGEST for number in (*mean, *std))
+        and all(number > 0 for number in std)
         and type(about["image_size"]) is int
         and 0 < about["image_size"] < LARGEST
     )

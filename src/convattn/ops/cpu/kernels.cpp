@@ -266,7 +266,7 @@ struct Kept {
              if (channel) { \
                  pool<type>(turn(map), x, pooled, pools > 1 ? pooled + b * c : nullptr); \
                  GATE_OF_MLP \
-                 blend(b * c, logits, channel, strength); \
+                 blend(b * c, channel, strength); \
              } \
              if (spatial) { \
                  summarise<type>(turn(map), x, nullptr, parallel ? nullptr : channel, summary, summary + b * n); \

@@ -149,15 +149,9 @@ inline Vec exp_of(Vec x) {
     p = x < low ? splat(0.f) : p;
     return x > high ? splat(std::numeric_limits<float>::infinity()) : p;
 }
-// the sigmoid g and 1 - g, each to its own last digits: the difference of 1 and a g near it would lose them
-struct Sigmoid { Vec gate, rest; };
-inline Sigmoid sigmoid_of(Vec x) {
-    const Int above = x > splat(0.f);
-    const Vec power = exp_of(above ? -x : x), more = splat(1.f) / (splat(1.f) + power), less = power * more;
-    return {above ? more : less, above ? less : more};
-}
+inline Vec sigmoid_of(Vec x) { return splat(1.f) / (splat(1.f) + exp_of(-x)); }
 
-// the same of numbers and with results in double, to 10 digits
+// the sigmoid g and 1 - g in double, to 10 digits each: the difference of 1 and a g near it would have lost most of them
 struct WideSigmoid { Wide gate, rest; };
 inline WideSigmoid wide_sigmoid_of(Wide given) {
     given = given < splat(-700.0) ? splat(-700.0) : given;
@@ -214,14 +208,15 @@ inline void moments(int threads, int64_t n, const float* logits, float* mean, fl
     *var = float(total(middle, std::true_type{}));
 }
 
-// 1 - strength * (1 - gate), where the gate is a number, and 1 elsewhere; without strength the gate itself
-inline Vec blended(const Sigmoid& of, const float* strength) {
-    if (!strength) return of.gate;
-    return splat(1.f) - splat(*strength) * (of.rest == of.rest ? of.rest : splat(0.f));
+// 1 + strength * (gate - 1), where the gate is a number, and 1 elsewhere; without strength the gate itself
+inline Vec blended(Vec gate, const float* strength) {
+    if (!strength) return gate;
+    const Vec less = gate == gate ? gate - splat(1.f) : splat(0.f);
+    return splat(1.f) + splat(*strength) * less;
 }
-inline void blend(int64_t n, const float* logits, float* gate, const float* strength) {
+inline void blend(int64_t n, float* gate, const float* strength) {
     if (strength)
-        for (int64_t i = 0; i < n; i += W) store_some(gate + i, blended(sigmoid_of(load_some(logits + i, n - i)), strength), n - i);
+        for (int64_t i = 0; i < n; i += W) store_some(gate + i, blended(load_some(gate + i, n - i), strength), n - i);
 }
 // the gate is the sigmoid of normed logits
 inline void gate_of(int threads, int64_t n, const float* logits, const Norm& norm, const float* strength, float* gate) {
@@ -339,7 +334,7 @@ inline void mlp(const Sizes& z, const float* pooled, const Layer& one, const Lay
     parallel(z.threads, z.b, [&](int64_t sample) {
         float *out = logits + sample * z.c, *g = gate + sample * z.c;
         for (int64_t j = 0; j < z.c && two.bias; ++j) out[j] += float(z.pools) * two.bias[j];
-        for (int64_t i = 0; i < z.c; i += W) store_some(g + i, sigmoid_of(load_some(out + i, z.c - i)).gate, z.c - i);
+        for (int64_t i = 0; i < z.c; i += W) store_some(g + i, sigmoid_of(load_some(out + i, z.c - i)), z.c - i);
     });
 }
 
@@ -428,7 +423,7 @@ inline float grad_blend(int64_t n, const float* logits, const float* strength, f
     if (!strength) return 0;
     double found[W] = {}, total = 0;
     for (int64_t i = 0; i < n; i += W) {
-        const Vec rest = sigmoid_of(load_some(logits + i, n - i)).rest, d = load_some(dgate + i, n - i);
+        const Vec rest = narrowed(wide_sigmoid_of(widened(load_some(logits + i, n - i))).rest), d = load_some(dgate + i, n - i);
         add_to(found, rest == rest ? -d * rest : splat(0.f));
         store_some(dgate + i, d * splat(*strength), n - i);
     }
