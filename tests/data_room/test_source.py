@@ -1,8 +1,10 @@
 """Which files are found in which class and part, in folders and in archives."""
 
+import hashlib
 import shutil
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ from sklearn.datasets import load_digits
 from convattn.data import LeftOut, Listing, decode, open_source
 from convattn.errors import DataError
 from small_runs import CLASSES, contents, decoded, write_images, write_parts
+
+NO_ENDING = "no image ending that Pillow reads"
 
 
 def listing(data: Path) -> Listing:
@@ -149,15 +153,15 @@ def test_a_folder_called_digits_is_a_folder(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("place", ["red", "train/red"])
-def test_a_text_file_among_images(tmp_path: Path, place: str) -> None:
+def test_a_text_file_among_images_is_left_out(tmp_path: Path, place: str) -> None:
     data = tmp_path / "data"
     if place == "red":
         write_images(data, count=2)
     else:
         write_parts(data, train=2, test=2)
+    before = listing(data)
     (data / place / "notes.txt").write_text("remember")
-    with pytest.raises(DataError, match=rf"{place}/notes\.txt is no image .*\.png.*: move it out"):
-        listing(data)
+    assert listing(data) == replace(before, left_out=(LeftOut(f"{place}/notes.txt", NO_ENDING),))
 
 
 def test_a_text_file_above_the_class_folders_is_no_matter(tmp_path: Path) -> None:
@@ -167,12 +171,12 @@ def test_a_text_file_above_the_class_folders_is_no_matter(tmp_path: Path) -> Non
     assert listing(data) == before
 
 
-def test_a_text_file_in_an_archive_leaves_nothing_but_the_message(tmp_path: Path) -> None:
+def test_a_text_file_in_an_archive_is_left_out_by_its_path_in_it(tmp_path: Path) -> None:
     data = write_images(tmp_path / "data", count=2)
     (data / "red" / "labels.csv").write_text("a,b")
-    archive = pack(data, tmp_path / "packed.tar.xz")
-    with pytest.raises(DataError, match=r"^red/labels\.csv is no image"):
-        listing(archive)
+    listed = listing(pack(data, tmp_path / "packed.tar.xz"))
+    assert listed.left_out == (LeftOut("red/labels.csv", NO_ENDING),)
+    assert len(listed.found) == 6
 
 
 def test_a_class_that_training_lacks(tmp_path: Path) -> None:
@@ -208,13 +212,14 @@ def test_two_folders_for_one_part(tmp_path: Path) -> None:
 
 
 def test_parts_in_capitals_are_not_taken_for_classes(tmp_path: Path) -> None:
-    data = write_parts(tmp_path / "data", Train=3, Test=2)
-    try:
-        found = listing(data)
-    except DataError as error:
-        assert "Train" in str(error)
-    else:
-        assert found.classes == CLASSES
+    listed = listing(write_parts(tmp_path / "data", Train=3, Test=2))
+    assert listed.classes == CLASSES
+    assert {image.part for image in listed.found} == {"train", "test"}
+
+
+def test_a_part_in_two_spellings(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="two folders for one part: Train, train"):
+        listing(write_parts(tmp_path / "data", Train=1, train=1))
 
 
 def test_too_few_classes(tmp_path: Path) -> None:
@@ -305,6 +310,26 @@ def test_the_fingerprint_is_of_names_and_contents(tmp_path: Path) -> None:
     shutil.copy(data / "red" / "001.png", data / "red" / "003.png")
     added = open_source(data).fingerprint()
     assert len({first, renamed, changed, added}) == 4
+
+
+def test_the_fingerprint_is_the_hash_of_the_files_that_are_used(tmp_path: Path) -> None:
+    data = write_images(tmp_path / "outer" / "data", count=2)
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(data.rglob("*.png")):
+        digest.update(file.relative_to(tmp_path / "outer").as_posix().encode() + b"\0" + file.read_bytes())
+    (data / "red" / "notes.txt").write_text("not used")
+    (data / "loose.png").write_bytes(b"not used")
+    source = open_source(tmp_path / "outer")
+    assert source.fingerprint() == digest.hexdigest()
+    assert source.fingerprint(source.listing(tmp_path / "unpacked")) == digest.hexdigest()
+
+
+def test_a_file_that_cannot_be_read_any_more(tmp_path: Path) -> None:
+    data = write_images(tmp_path / "data", count=2)
+    listed = listing(data)
+    (data / "red" / "001.png").unlink()
+    with pytest.raises(DataError, match=r"data/red/001\.png cannot be read \(.*No such file"):
+        open_source(data).fingerprint(listed)
 
 
 def test_the_fingerprint_of_an_archive(tmp_path: Path) -> None:

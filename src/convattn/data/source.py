@@ -1,23 +1,17 @@
 """Where images come from: class folders, an archive of them, a table of files, or the digits of scikit-learn."""
 
 import hashlib
-import os
-import tarfile
-import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from convattn import checks
-from convattn.data import table
-from convattn.data.listing import PARTS, Found, Listing
+from convattn.data import archive, class_folders, table
+from convattn.data.listing import Found, Listing, printable, validation_as_test
+from convattn.data.split import TEST_SHARE
 from convattn.errors import DataError
 
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-ARCHIVES = (".tar.xz", ".tar.gz", ".tgz", ".tar", ".zip")
-# left by file managers, never meant
-CLUTTER = {"__MACOSX", "Thumbs.db", "desktop.ini"}
 BUILT_IN = "digits"
 
 
@@ -28,51 +22,61 @@ class Source:
     name: str
     path: Path | None
 
-    def fingerprint(self) -> str:
-        """A hash of every file's name and content, or of the archive.
+    def fingerprint(self, listing: Listing | None = None) -> str:
+        """A hash of the name and content of every file that is used, or of the archive.
+
+        Args:
+            listing: what `listing` returned, so that a folder is not read twice.
 
         Raises:
-            DataError: a table names files that are not there.
+            DataError: see `listing`; or a file cannot be read.
         """
         digest = hashlib.blake2b(digest_size=16)
         if self.path is None:
             digest.update(_digits()[0].tobytes())
+        elif self._is_archive():
+            _update(digest, self.path)
         elif table.is_table(self.path):
             _update(digest, self.path)
-            for one in table.read(self.path).found:
-                _update(digest, self.path.parent / one.path)
-        elif self.path.is_file():
-            _update(digest, self.path)
+            for image in (listing or table.read(self.path)).found:
+                _update(digest, self.path.parent / image.path)
         else:
-            for file in _files(self.path):
+            listing = listing or class_folders.scan(self.path)
+            root = listing.root or self.path
+            for file in sorted(root / image.path for image in listing.found):
                 digest.update(file.relative_to(self.path).as_posix().encode() + b"\0")
                 _update(digest, file)
         return digest.hexdigest()
 
-    def listing(self, unpacked: Path) -> Listing:
+    def listing(self, unpacked: Path, *, val_as_test: bool = False) -> Listing:
         """What the source holds; an archive is unpacked to the folder `unpacked` first.
 
+        Args:
+            unpacked: a folder that is not there yet.
+            val_as_test: take the validation images as test images.
+
         Raises:
-            DataError: see `scan` and `table.read`; or the archive is damaged.
+            DataError: see `class_folders.scan`, `table.read`, `archive.unpack` and `validation_as_test`.
         """
+        listing = self._read(unpacked)
+        if val_as_test:
+            return validation_as_test(listing)
+        return replace(listing, notes=(*listing.notes, *_note_on_validation(listing)))
+
+    def _read(self, unpacked: Path) -> Listing:
         if self.path is None:
             return _digit_listing()
         if table.is_table(self.path):
             return table.read(self.path)
-        if self.path.is_dir():
-            return scan(self.path)
+        if not self._is_archive():
+            return class_folders.scan(self.path)
         unpacked.mkdir(parents=True)
-        try:
-            if self.path.suffix.lower() == ".zip":
-                with zipfile.ZipFile(self.path) as zipped:
-                    zipped.extractall(unpacked)
-            else:
-                with tarfile.open(self.path) as archive:
-                    archive.extractall(unpacked, filter="data")
-        # whatever the decompressors raise: TarError, BadZipFile, LZMAError, zlib.error, EOFError, a wrong password
-        except Exception as error:
-            raise DataError(f"{self.path} cannot be unpacked: {error}.") from error
-        return scan(unpacked)
+        left_out = archive.unpack(self.path, unpacked)
+        listing = class_folders.scan(unpacked, self.path)
+        return replace(listing, left_out=(*left_out, *listing.left_out))
+
+    def _is_archive(self) -> bool:
+        return self.path is not None and self.path.is_file() and not table.is_table(self.path)
 
 
 def open_source(data: str | Path) -> Source:
@@ -89,49 +93,15 @@ def open_source(data: str | Path) -> Source:
             f"No data at {path}: give a folder of class folders, an archive of one, a {table.SUFFIX} of files, or "
             f"'{BUILT_IN}'."
         )
-    if path.is_file() and not path.name.lower().endswith((*ARCHIVES, table.SUFFIX)):
+    if path.is_file() and not path.name.lower().endswith((*archive.SUFFIXES, table.SUFFIX)):
         raise DataError(
-            f"{path} is a file, expected a folder of class folders or an archive ({', '.join(ARCHIVES)}) of one, or a "
-            f"table of files ({table.SUFFIX})."
+            f"{path} is a file, expected a folder of class folders or an archive ({', '.join(archive.SUFFIXES)}) of "
+            f"one, or a table of files ({table.SUFFIX})."
         )
     name = path.resolve().name
-    for suffix in (*ARCHIVES, table.SUFFIX):
+    for suffix in (*archive.SUFFIXES, table.SUFFIX):
         name = name[: -len(suffix)] if path.is_file() and name.lower().endswith(suffix) else name
     return Source(name, path)
-
-
-def scan(root: Path) -> Listing:
-    """The classes and image files below a folder.
-
-    Raises:
-        DataError: fewer than two classes, a part with a class that training lacks, or a file that is no image.
-    """
-    folders = _folders(root)
-    while len(folders) == 1 and folders[0].name.lower() not in PARTS:
-        root, folders = folders[0], _folders(folders[0])
-    given = {folder.name.lower(): folder for folder in folders if folder.name.lower() in PARTS}
-    if given:
-        _check_parts(root, folders, given)
-    classes = [folder.name for folder in (_folders(given["train"]) if given else folders)]
-    if len(classes) < 2:
-        raise DataError(
-            f"{root} has {len(classes)} class folders, expected at least 2: one folder for each class, with its images "
-            f"in it, directly or below train/ and test/."
-        )
-    found = []
-    for name, folder in given.items():
-        here = {folder.name for folder in _folders(folder)}
-        # a class that only training has can be learned; one that it lacks cannot, and is often the other one misspelt
-        if here - set(classes):
-            odd = sorted(here ^ set(classes))
-            raise DataError(f"{folder} and {given['train']} differ in the class folders {', '.join(odd[:5])}.")
-        images = _images(root, folder, classes, PARTS[name])
-        if not images:
-            raise DataError(f"{folder} has class folders but no images in them.")
-        found += images
-    if not given:
-        found = _images(root, root, classes, "")
-    return Listing(tuple(classes), tuple(found), root)
 
 
 def _digit_listing() -> Listing:
@@ -142,58 +112,27 @@ def _digit_listing() -> Listing:
     return Listing(tuple("0123456789"), found, pixels=np.repeat(grey[..., None], 3, axis=3))
 
 
+def _note_on_validation(listing: Listing) -> tuple[str, ...]:
+    parts = [image.part for image in listing.found]
+    count = parts.count("validation")
+    if not count or "test" in parts:
+        return ()
+    are = "image of val chooses" if count == 1 else "images of val choose"
+    return (
+        f"There is no test part: test images are cut from train ({TEST_SHARE * 100:.0f} % of each class), while the "
+        f"{count:,} {are} the epoch only; --val-as-test (from Python val_as_test=True) scores on val instead.",
+    )
+
+
 def _digits() -> tuple[np.ndarray, np.ndarray]:
     loaded = checks.extra("sklearn.datasets", "The built-in data 'digits'").load_digits()
     return loaded.images, loaded.target
 
 
-def _check_parts(root: Path, folders: list[Path], given: dict[str, Path]) -> None:
-    other = [folder.name for folder in folders if folder.name.lower() not in PARTS]
-    if other:
-        raise DataError(
-            f"{root} has the folder {other[0]!r} beside {', '.join(given)}: is it a class, or another part?"
-        )
-    if "train" not in given:
-        raise DataError(f"{root} has {', '.join(given)} but no train folder.")
-    if len({PARTS[name] for name in given}) < len(given):
-        raise DataError(f"{root} has two folders for one part: {', '.join(given)}.")
-
-
-def _images(root: Path, folder: Path, classes: list[str], part: str) -> list[Found]:
-    found = []
-    for label, name in enumerate(classes):
-        for file in _files(folder / name):
-            path = file.relative_to(root).as_posix()
-            if file.suffix.lower() not in SUFFIXES:
-                raise DataError(
-                    f"{path} is no image ({', '.join(sorted(SUFFIXES))}): move it out of the class folders."
-                )
-            found.append(Found(path, label, part))
-    return found
-
-
-def _files(root: Path) -> list[Path]:
-    """All files below a folder, through links as well, but clutter and what lies in a folder of clutter."""
-    found: list[Path] = []
-    entered: set[str] = set()
-    for here, folders, files in os.walk(root, followlinks=True):
-        # a folder that links to one above it would be entered for ever
-        entered.add(os.path.realpath(here))
-        links = {name for name in folders if os.path.realpath(Path(here, name)) in entered}
-        folders[:] = [name for name in folders if name not in links and not _is_clutter(Path(name))]
-        found += [Path(here, name) for name in files if not _is_clutter(Path(name))]
-    return sorted(found)
-
-
-def _folders(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.is_dir() and not _is_clutter(path))
-
-
-def _is_clutter(path: Path) -> bool:
-    return path.name.startswith(".") or path.name in CLUTTER
-
-
 def _update(digest: "hashlib.blake2b", path: Path) -> None:
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise DataError(f"{printable(path)} cannot be read ({checks.reason(error)}).") from error
