@@ -139,7 +139,7 @@ def unpack(archive: Path, folder: Path) -> tuple[LeftOut, ...]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise
-        raise DataError(f"{printable(archive)} cannot be unpacked: {checks.reason(error)}.") from error
+        raise DataError(f"{printable(archive)} cannot be unpacked: {checks.reason(error).rstrip('.:')}.") from error
     return tuple(target.left_out)
 
 
@@ -187,7 +187,8 @@ class _Decompressed:
 
     def read(self, size: int) -> bytes:
         if size > MOST_HEADER:
-            raise tarfile.ReadError(f"a header of {_size(size)}")
+            # the reader takes a `ReadError` for another compression
+            raise ValueError(f"a header of {_size(size)}")
         return self._stream.read(size)
 
 
