@@ -1,5 +1,7 @@
 """A table of files: what it gives, and which line of a wrong one is named."""
 
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -96,8 +98,16 @@ GOOD = rows()
 SPLIT = rows(["train", "train", "val", "test"] * 3)
 WRONG = {
     "no label": (["path,class", *GOOD], "line 1: expected the columns path,label.*, got 'path,class': label missing"),
-    "semicolons": (["path;label", *GOOD], "line 1: expected the columns .*, got 'path;label': path and label missing"),
-    "nothing": ([""], "line 1: expected the columns .* got 'nothing'"),
+    "no columns": (
+        ["file;class", *GOOD],
+        "line 1: expected the columns .*, got 'file,class': path and label missing "
+        r"\(tried the delimiters comma, semicolon, tab, bar\)",
+    ),
+    "semicolons above commas": (
+        ["path;label", *GOOD],
+        "line 2: expected 2 values, got 1; the delimiter is a semicolon",
+    ),
+    "nothing": ([""], r"line 1: the table is empty, expected the columns path,label\[,split\]\[,group\]"),
     "a column twice": (["path,label,label", *rows(["a"] * 12)], "line 1: the column 'label' is there twice"),
     "a misspelt column": (["path,label,groups", *rows(["a"] * 12)], "'groups' is not known. Did you mean 'group'"),
     "too few values": (["path,label,split", *GOOD], "line 2: expected 3 values, got 2"),
@@ -107,13 +117,33 @@ WRONG = {
     "an empty group": (["path,label,group", "blue/000.png,blue,"], "line 2: the group is empty; an image that belongs"),
     "an unknown split": (["path,label,split", "blue/000.png,blue,dev"], "line 2: expected one of train, .*, got 'dev'"),
     "no file": (["path,label", *GOOD, "nowhere.png,red"], "line 14: no file at 'nowhere.png'; paths are relative to"),
-    "a folder": (["path,label", *GOOD, "red,red"], "line 14: no file at 'red'"),
+    "a folder": (["path,label", *GOOD, "red,red"], r"line 14: no file at 'red' \(a folder\); paths are relative"),
+    "a long path": (["path,label", *GOOD, f"{'a' * 300}.png,red"], r"line 14: 'aaa.*' cannot be read \(File name too"),
     "twice": (
         ["path,label", *GOOD, "./red/../red/003.png,blue"],
         "line 14: 'red/003.png' with the label 'blue' is on line 13 already, with the label 'red'",
     ),
     "one class": (["path,label", *GOOD[:4]], r"has 1 classes to learn \(blue\), expected at least 2"),
-    "no lines": (["path,label"], "has 0 classes to learn, expected at least 2"),
+    "no lines": (["path,label"], "line 2: the table has a header only, expected a line for each image"),
+    "a null byte": (["path,label", *GOOD[:2], "a\0.png,red"], "line 4: a null byte, which is in no table of text"),
+    "a line break in a path": (
+        ["path,label", *GOOD[:2], '"blue/\n002.png",blue'],
+        r"line 4: the path 'blue/\\n002.png' has a line break in it: is a quote open\?",
+    ),
+    "a line break in a label": (["path,label", '"blue/002.png","bl\nue"', *GOOD], r"line 2: the label 'bl\\nue' has a"),
+    "a line after one with a line break": (
+        ["path,label,about", 'blue/002.png,blue,"two\nlines"', "nowhere.png,red,one"],
+        "line 4: no file at 'nowhere.png'",
+    ),
+    "decimals": (
+        ["path,label", *(f"{path},{index}" for index, path in enumerate(PATHS[:3])), "red/000.png,0.37"],
+        "line 5: the label '0.37' is a number with decimals: convattn compares classification; supported is one class",
+    ),
+    "a small number": (
+        ["path,label", "red/000.png,1e-3", "red/001.png,2.0"],
+        "line 2: the label '1e-3' is a number with",
+    ),
+    "a decimal comma": (["path;label", "red/000.png;0,37", "red/001.png;0,52"], "line 2: the label '0,37' is a number"),
     "no train": (
         ["path,label,split", *rows(["val", "test"] * 6)],
         "has test and validation but no line with .*'train'",
@@ -126,7 +156,10 @@ WRONG = {
         ["path,label,split,group", *rows(["train", "train", "val", "test"] * 3, ["a", "b", "c", "d"] * 2 + ["b"] * 4)],
         r"the group 'b' is in train \(line 3\) and in validation \(line 12\): put it into one of them",
     ),
-    "an open quote": (["path,label", *GOOD, '"red/000.png,red'], "line 1[45]: no table in UTF-8"),
+    "an open quote": (
+        ["path,label", *GOOD, '"red/000.png,red'],
+        r"line 14: no line of a table \(.*\): is a quote open\?",
+    ),
 }
 
 
@@ -140,10 +173,130 @@ def test_what_is_wrong_is_said_with_its_line(folder: Path, case: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_text_that_is_not_utf8(folder: Path) -> None:
-    path = write(folder, ["path,label", "blue/000.png,größe"], encoding="latin-1")
-    with pytest.raises(DataError, match="no table in UTF-8"):
+def test_the_line_and_the_encoding_of_text_that_is_not_utf8(folder: Path) -> None:
+    # far behind what is read at once
+    lines = ["path,label,about", *(f"{line},{'x' * 50}" for line in GOOD * 500), "blue/000.png,größe,x"]
+    path = write(folder, lines, encoding="latin-1")
+    with pytest.raises(
+        DataError, match=r"line 6002: the byte 0xF6 is not UTF-8: probably .* \(cp1252, .* is 'ö'\. Save"
+    ):
         listing(path)
+
+
+def test_text_in_an_unknown_encoding(folder: Path) -> None:
+    path = folder / "photos.csv"
+    path.write_bytes(b"path,label\r\nblue/000.png,\x81\r\n")
+    with pytest.raises(DataError, match="line 2: the byte 0x81 is not UTF-8: probably it is in another encoding"):
+        listing(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "utf-32"])
+def test_text_with_a_byte_order_mark(folder: Path, encoding: str) -> None:
+    path = write(folder, ["path,label", *GOOD[4:], "blue/000.png,größe"], encoding=encoding)
+    assert listing(path).classes == ("green", "größe", "red")
+
+
+def test_utf16_of_the_other_byte_order(folder: Path) -> None:
+    path = folder / "photos.csv"
+    path.write_bytes(b"\xfe\xff" + "\n".join(["path,label", *GOOD]).encode("utf-16-be"))
+    assert listing(path).classes == CLASSES
+
+
+def test_damaged_utf16(folder: Path) -> None:
+    path = write(folder, ["path,label", *GOOD], encoding="utf-16")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"line 13: damaged text in UTF-16-LE \(truncated data\)"):
+        listing(path)
+
+
+def test_a_table_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(folder, ["path,label", *GOOD])
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(DataError, match=r"photos\.csv cannot be read \(.*Permission denied\)"):
+        listing(path)
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", "|", ","])
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_delimiters(folder: Path, delimiter: str, quote: str) -> None:
+    cells = [["about", "path", "label"], *(["", *line.split(",")] for line in GOOD)]
+    lines = [delimiter.join(f"{quote}{cell}{quote}" for cell in line) for line in cells]
+    path = write(folder, ["", *lines])
+    assert listing(path).found == listing(folder).found
+
+
+def test_a_comma_in_a_table_with_semicolons(folder: Path) -> None:
+    shutil.copy(folder / "red" / "000.png", folder / "a, b.png")
+    path = write(folder, ["path;label", *(line.replace(",", ";") for line in GOOD), "a, b.png;red"])
+    assert listing(path).found[0].path == "a, b.png"
+
+
+def test_a_pipe_in_a_table_is_never_opened(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.png")
+    path = write(folder, ["path,label", *GOOD, "pipe.png,red"])
+    with pytest.raises(DataError, match=r"line 14: no file at 'pipe\.png' \(no regular file\); paths are relative"):
+        listing(path)
+
+
+def test_a_file_without_permission(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(folder, ["path,label", *GOOD])
+    monkeypatch.setattr(os, "access", lambda file, mode: Path(file) != folder / "red" / "001.png")
+    with pytest.raises(DataError, match=r"line 11: 'red/001\.png' cannot be read \(no permission\)"):
+        listing(path)
+
+
+def labelled(folder: Path, labels: list[str]) -> Path:
+    """A semicolon table whose images have these labels in turn."""
+    return write(folder, ["path;label", *(f'{path};"{labels[i % len(labels)]}"' for i, path in enumerate(PATHS))])
+
+
+@pytest.mark.parametrize(
+    ("labels", "several", "shared"),
+    [
+        (["a", "a;b", "c"], "a;b", "a"),
+        (["b;a", "c;a"], "b;a", "a"),
+        (["c", "a|b", "b|d"], "a|b", "b"),
+        (["a", "a,b", "c"], "a,b", "a"),
+        (["a", "b", "a, b"], "a, b", "a"),
+        (["a", "b", "a b"], "a b", "a"),
+        (["['a']", "['a', 'b']", "['c']"], "['a', 'b']", "a"),
+        (["['a' 'b']", "['b' 'c']"], "['a' 'b']", "b"),
+        (["[a, b]", "[b, c]"], "[a, b]", "b"),
+        (["0 1 1", "1 0 1"], "0 1 1", "0"),
+        (["1", "2", "1,2"], "1,2", "1"),
+    ],
+)
+def test_several_classes_of_an_image(folder: Path, labels: list[str], several: str, shared: str) -> None:
+    line = 2 + labels.index(several)
+    message = re.escape(f"line {line}: the label {several!r} names several classes ({shared!r} is in ")
+    with pytest.raises(DataError, match=message + r".*; supported is one class for each image\."):
+        listing(labelled(folder, labels))
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["red car", "red bike", "blue car"],
+        ["projectile, missile", "missile"],
+        ["maillot", "maillot, tank suit"],
+        ["a;b", "c;d"],
+        ["['a']", "['b']"],
+        ["v0.5", "v0.7"],
+        ["0.5", "none"],
+        ["1.5T", "3.0T"],
+    ],
+)
+def test_names_of_classes_that_are_no_lists_and_no_decimals(folder: Path, labels: list[str]) -> None:
+    assert listing(labelled(folder, labels)).classes == tuple(sorted(labels))
+
+
+def test_whole_numbers_as_pandas_writes_them(folder: Path) -> None:
+    labels = [f"{number}.0" for number in range(12)]
+    assert listing(labelled(folder, labels)).classes == tuple(labels)
 
 
 def test_a_part_whose_images_are_all_broken(folder: Path, tmp_path: Path) -> None:
