@@ -18,7 +18,8 @@ from PIL import Image
 
 import convattn
 import convattn.compare
-from convattn import cli, networks, reporting
+from convattn import cli, files, networks, reporting
+from convattn.compare.folder import SCHEMA
 from convattn.compare.options import parse
 from convattn.errors import RunFailed
 from small_runs import contents, write_images, write_network
@@ -137,8 +138,9 @@ def test_the_module_is_the_command() -> None:
 # mistakes
 
 
-def text_among_images(world: Path) -> None:
-    (world / "data" / "red" / "notes.txt").write_text("remember")
+def only_text_in_a_class(world: Path) -> None:
+    for path in (world / "data" / "red").iterdir():
+        path.rename(path.with_suffix(".txt"))
 
 
 def too_few_images(world: Path) -> None:
@@ -147,6 +149,13 @@ def too_few_images(world: Path) -> None:
 
 
 def another_comparison(world: Path) -> None:
+    (world / "out").mkdir()
+    options = {"data": "elsewhere", "backbone": "resnet20", "variants": [], "device": "cpu"}
+    plan = {"schema": SCHEMA, "options": options, "fingerprints": {"images": "", "weights": None}, "threads": 1}
+    files.write_json(world / "out" / "plan.json", plan)
+
+
+def an_older_comparison(world: Path) -> None:
     (world / "out").mkdir()
     plan = {"options": {"data": "elsewhere"}, "fingerprints": {"images": "", "weights": None}}
     (world / "out" / "plan.json").write_text(json.dumps(plan))
@@ -185,10 +194,15 @@ MISTAKES = {
     "wrong function": (nothing, f"{GOOD} --backbone network.py:netwrok", "has no function 'netwrok'"),
     "missing folder": (nothing, GOOD.replace("data", "dta", 1), "No data at dta"),
     "a file as data": (nothing, GOOD.replace("data", "network.py", 1), "expected a folder of class folders"),
-    "text among images": (text_among_images, GOOD, "red/notes.txt is no image"),
+    "only text in a class": (only_text_in_a_class, GOOD, "The class 'red' has no image"),
     "too few images": (too_few_images, GOOD, "'red' has too few usable images"),
     "no such weights": (nothing, f"{GOOD} --weights nowhere.pt", "No file of weights at nowhere.pt"),
     "weights of another network": (weights_of_another_network, GOOD, "weights of another network than"),
+    "an older comparison": (
+        an_older_comparison,
+        GOOD,
+        "out was begun by another version of convattn (schema 1, here 2)",
+    ),
     "another comparison": (another_comparison, GOOD, "out holds another comparison"),
     "other files": (other_files, GOOD, "out exists and holds no comparison"),
     "no residual blocks": (nothing, f"{GOOD} --backbone network.py:plain --weights none", "no place at 'residual'"),
@@ -234,9 +248,10 @@ def test_a_truncated_image_is_named_and_left_out(world: Path, call: Call, monkey
 
 
 def test_a_broken_run_is_no_mistake(world: Path, call: Call) -> None:
-    code, _, err = call(*f"{GOOD} --backbone network.py:collapsing --weights none".split())
+    (world / "broken").touch()
+    code, _, err = call(*f"{GOOD} --backbone network.py:breaking --weights none".split())
     assert code == 1
-    assert "the training loss is nan in epoch 1" in one_line(err)
+    assert "The run se-seed0 broke: RuntimeError: no memory" in one_line(err)
 
 
 def test_messages_of_several_lines_become_one(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,9 +317,8 @@ def test_the_defaults_are_those_of_the_function(taken: Callable[..., dict[str, A
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
     assert given.keys() == defaults.keys() - {"train"}
-    # written differently, and the same
-    assert given.pop("variants").split(",") == list(defaults.pop("variants"))
-    assert (given.pop("weights"), defaults.pop("weights")) == ("none", None)
+    # a script may lack its guard, without which it cannot start processes
+    assert (given.pop("jobs"), defaults.pop("jobs")) == (None, 1)
     # a function, which no command line can give
     assert defaults.pop("train") is None
     assert given == defaults
@@ -315,7 +329,8 @@ def test_options_arrive(taken: Callable[..., dict[str, Any]]) -> None:
         "compare photos --backbone timm:resnet18 --weights pretrained --variants se,cbam+dual --start paper --seeds 3 "
         "--controls adapter,noise "
         "--epochs 7 --image-size 96 --batch-size 32 --learning-rate 0.02 --weight-decay 0.001 --no-flip --device cpu "
-        "--jobs 2 --smallest-gain 0.3 --out there --quiet --until decided --max-seeds 9 --add-seeds 2 "
+        "--jobs 2 --threads 3 --wait --val-as-test "
+        "--smallest-gain 0.3 --out there --quiet --until decided --max-seeds 9 --add-seeds 2 "
         "--folds 4 --gate-learning-rate 0.2 --tune lr --audit-selection --trust a.py:f --trust b.py:G"
     )
     assert taken(*words.split()) == {
@@ -342,16 +357,23 @@ def test_options_arrive(taken: Callable[..., dict[str, Any]]) -> None:
         "flip": False,
         "device": "cpu",
         "jobs": 2,
+        "threads": 3,
+        "wait": True,
+        "val_as_test": True,
         "smallest_gain": 0.3,
         "out": Path("there"),
         "quiet": True,
     }
 
 
+NOT_PARSED = ("out", "quiet", "add_seeds", "trust", "wait")
+
+
 @pytest.mark.parametrize(
     "words",
     [
         "compare digits",
+        "compare digits --threads 1 --val-as-test",
         "compare photos --weights weights.pt",
         "compare photos --batch-size 131",
         "compare photos --learning-rate 0.0123456789 --weight-decay 0.000123456789 --smallest-gain 0.123456789",
@@ -365,7 +387,7 @@ def test_options_arrive(taken: Callable[..., dict[str, Any]]) -> None:
 def test_the_command_in_the_results_repeats_the_comparison(taken: Callable[..., dict[str, Any]], words: str) -> None:
     def parsed(command: str) -> tuple[Any, str]:
         options = taken(*shlex.split(command))
-        options = {key: value for key, value in options.items() if key not in ("out", "quiet", "add_seeds", "trust")}
+        options = {key: value for key, value in options.items() if key not in NOT_PARSED}
         chosen = parse(**options)
         return (chosen.hashed(), chosen.seeds, chosen.until, chosen.max_seeds, chosen.smallest_gain), chosen.command()
 

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import convattn
-from convattn import networks
+from convattn import files, networks
 from convattn.attachment import attached
 from convattn.data import Images, batches, evaluation_batches
-from convattn.errors import RunFailed, WeightsError
+from convattn.errors import WeightsError
 from convattn.networks import resnet20
 from convattn.train import Progress, Recipe, Run, RunSpec, checkpoint, execute, finished, run, start_accuracy
 from convattn.train.gates import departures
@@ -166,7 +166,7 @@ def test_what_a_run_leaves(images: Images, network: Path, tmp_path: Path) -> Non
         "result.json",
         "weights.safetensors",
     ]
-    assert finished(folder) == json.loads((folder / "result.json").read_text()) == result
+    assert finished(folder) == files.read_json(folder / "result.json") == result
     assert result["history"] == [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in result["history"]] == [1, 2, 3]
     plan = json.loads((folder / "plan.json").read_text())
@@ -220,8 +220,7 @@ def test_the_saved_weights_are_those_of_the_chosen_epoch(images: Images, network
         if there.step % len(there.batches) == 0:
             states[there.step // len(there.batches)] = {k: v.clone() for k, v in there.network.state_dict().items()}
 
-    there.train(keep)
-    result = there.finish()
+    result = there.complete(keep)
     saved = safetensors.torch.load_file(tmp_path / "weights.safetensors")
     # with the last epoch as the chosen one, this would show nothing
     assert result["chosen_epoch"] < 6
@@ -354,8 +353,8 @@ def test_broken_off_while_an_epoch_is_evaluated(
     assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
 
 
-@pytest.mark.slow_unless(where="write")
-@pytest.mark.parametrize("where", ["_write_predictions", "write", "save"])
+@pytest.mark.slow_unless(where="write_json")
+@pytest.mark.parametrize("where", ["_write_predictions", "write_json", "save"])
 def test_broken_off_while_results_are_written(
     images: Images, network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -365,10 +364,10 @@ def test_broken_off_while_results_are_written(
         raise Interrupted
 
     with monkeypatch.context() as context:
-        if where == "write":
-            plain = run.write
+        if where == "write_json":
+            plain = files.write_json
             context.setattr(
-                run, "write", lambda path, text: broken() if path.name == "result.json" else plain(path, text)
+                files, where, lambda path, body: broken() if path.name == "result.json" else plain(path, body)
             )
         else:
             context.setattr(checkpoint if where == "save" else Run, where, broken)
@@ -385,11 +384,140 @@ def test_no_checkpoint_more_often_than_asked_for(images: Images, network: Path, 
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["plan.json"]
 
 
-def test_a_loss_that_is_no_number(images: Images, network: Path, tmp_path: Path) -> None:
+def test_a_training_that_diverges_at_once(images: Images, network: Path, tmp_path: Path) -> None:
+    """It is scored by chance, as a network that guesses, and what is kept is the network as it began."""
+    told: list[Progress] = []
     given = spec(network, "collapsing")
-    with pytest.raises(RunFailed, match=r"se-seed0: the training loss is nan in epoch 1; lower --learning-rate"):
-        execute(given, images, tmp_path / "run", quiet)
-    assert finished(tmp_path / "run") is None
+    result = execute(given, images, tmp_path / "run", told.append)
+    assert result["diverged"] == {"epoch": 1, "reason": "the training loss is nan"}
+    assert result["chosen_epoch"] is None and result["history"] == []
+    assert told[-1].diverged and told[-1].done == 1
+    with np.load(tmp_path / "run" / "predictions.npz") as arrays:
+        guesses = arrays["test_probabilities"]
+    assert np.abs(guesses - 1 / 3).max() < 0.001 and np.allclose(guesses.sum(axis=1), 1)
+    right = guesses.argmax(axis=1) == images.labels[Run(given, images, tmp_path).split.test]
+    assert result["score"] == 100 * right.mean()
+    begun = Run(given, images, tmp_path).network.state_dict()
+    kept = safetensors.torch.load_file(tmp_path / "run" / "weights.safetensors")
+    assert all(torch.equal(kept[name], value) for name, value in begun.items())
+    assert finished(tmp_path / "run") == result
+
+
+def test_guesses_are_right_by_chance(images: Images, network: Path, tmp_path: Path) -> None:
+    guesses = Run(spec(network), images, tmp_path)._chance(np.zeros(30_000, dtype=np.int64)).argmax(axis=1)
+    shares = np.bincount(guesses) / 30_000
+    # four standard deviations
+    assert len(shares) == 3 and np.abs(shares - 1 / 3).max() < 4 * (2 / 9 / 30_000) ** 0.5
+
+
+def test_a_training_that_diverges_later(
+    images: Images, network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is scored by its best epoch before that, as if it had been trained that long on the same schedule."""
+    execute(spec(network), images, tmp_path / "whole", quiet)
+    whole = finished(tmp_path / "whole")
+    learn = Run._learn
+
+    def diverging(self: Run, x: torch.Tensor, labels: torch.Tensor, steps: int) -> None:
+        if self.step >= 2 * len(self.batches):
+            x = x * float("nan")
+        learn(self, x, labels, steps)
+
+    monkeypatch.setattr(Run, "_learn", diverging)
+    result = execute(spec(network), images, tmp_path / "run", quiet)
+    assert result["diverged"] == {"epoch": 3, "reason": "the training loss is nan"}
+    assert result["history"] == whole["history"][:2]
+    assert result["chosen_epoch"] == run.best_epoch(whole["history"][:2])
+    assert result["validation_accuracy"] == whole["history"][result["chosen_epoch"] - 1]["validation_accuracy"]
+
+
+def test_outputs_that_are_no_numbers(
+    images: Images, network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last step of a training may be the one that breaks the weights, which no loss tells any more."""
+    probabilities = Run.probabilities
+
+    def broken(self: Run, indices: np.ndarray) -> np.ndarray:
+        return probabilities(self, indices) * (float("nan") if len(self.history) == 2 else 1)
+
+    monkeypatch.setattr(Run, "probabilities", broken)
+    history = []
+    monkeypatch.setattr(Run, "_conclude", lambda self, test, validation, diverged: history.append(diverged) or {})
+    execute(spec(network), images, tmp_path / "run", quiet)
+    assert history == [{"epoch": 3, "reason": "the outputs of the network are no numbers"}]
+
+
+# damaged
+
+
+def damage_of(kind: str) -> Callable[[bytes], bytes]:
+    def flipped(content: bytes) -> bytes:
+        middle = len(content) // 2
+        return content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
+
+    kinds: dict[str, Callable[[bytes], bytes]] = {
+        "empty": lambda content: b"",
+        "truncated": lambda content: content[: len(content) // 2],
+        "random": lambda content: np.random.default_rng(0).bytes(len(content)),
+        "flipped": flipped,
+    }
+    return kinds[kind]
+
+
+DAMAGES = ["empty", "truncated", "random", "flipped"]
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize("name", ["plan.json", "log.jsonl", "checkpoint.pt", "previous.pt"])
+def test_an_unfinished_run_with_a_damaged_file(
+    images: Images, network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
+) -> None:
+    monkeypatch.setattr(run, "SECONDS_BETWEEN_CHECKPOINTS", 0)
+    execute(spec(network), images, tmp_path / "whole", quiet)
+    with pytest.raises(Interrupted):
+        execute(spec(network), images, tmp_path / "broken", stop_after(6))
+    path = tmp_path / "broken" / name
+    path.write_bytes(damage_of(kind)(path.read_bytes()))
+    lines = run.repair(tmp_path / "broken")
+    assert [line for line in lines if name in line and "is damaged" in line] == (lines if name.endswith(".pt") else [])
+    told: list[Progress] = []
+    execute(spec(network), images, tmp_path / "broken", told.append)
+    assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
+    # of nine steps; the checkpoint is of the sixth, the one before of the fifth
+    assert told[0].done == pytest.approx((6 if name == "checkpoint.pt" else 7) / 9)
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize("name", ["plan.json", "log.jsonl", "weights.safetensors", "predictions.npz", "result.json"])
+def test_a_finished_run_with_a_damaged_file(
+    images: Images, network: Path, tmp_path: Path, name: str, kind: str
+) -> None:
+    execute(spec(network), images, tmp_path / "whole", quiet)
+    execute(spec(network), images, tmp_path / "broken", quiet)
+    path = tmp_path / "broken" / name
+    path.write_bytes(damage_of(kind)(path.read_bytes()))
+    lines = run.repair(tmp_path / "broken")
+    assert len(lines) == (0 if name in ("plan.json", "log.jsonl") else 1)
+    assert all(name in line and "The run is trained again" in line for line in lines)
+    execute(spec(network), images, tmp_path / "broken", quiet)
+    run.describe(spec(network), tmp_path / "broken")
+    assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
+    assert files.read_json(tmp_path / "broken" / "plan.json") == files.read_json(tmp_path / "whole" / "plan.json")
+
+
+def test_weights_that_were_removed_are_not_trained_again(images: Images, network: Path, tmp_path: Path) -> None:
+    execute(spec(network), images, tmp_path / "run", quiet)
+    (tmp_path / "run" / "weights.safetensors").unlink()
+    assert run.repair(tmp_path / "run") == [] and finished(tmp_path / "run")
+
+
+def test_what_a_killed_process_left_is_removed(images: Images, network: Path, tmp_path: Path) -> None:
+    execute(spec(network), images, tmp_path / "run", quiet)
+    for name in ("checkpoint.pt", "previous.pt", "error.txt", ".convattn-1-2.partial"):
+        (tmp_path / "run" / name).write_bytes(b"left")
+    assert run.repair(tmp_path / "run") == []
+    assert "files" in outcome(tmp_path / "run")
+    assert len(list((tmp_path / "run").iterdir())) == 5
 
 
 # checkpoints

@@ -9,6 +9,7 @@
     ├── AttachError        (ValueError)     a place where nothing can be attached
     ├── DataError          (ValueError)     images or folders that cannot be used
     ├── ComparisonError    (ValueError)     a comparison folder that holds something else
+    ├── DamagedFile        (ValueError)     a file of a comparison that is not what was written
     ├── UntrustedCode      (ValueError)     code that a file names and the user does not
     ├── RunFailed          (RuntimeError)   a run that broke, not through the user's request
     ├── BackendUnavailable (RuntimeError)   a backend that was asked for, and does not serve the map
@@ -53,6 +54,10 @@ class DataError(ConvattnError, ValueError):
 
 class ComparisonError(ConvattnError, ValueError):
     """A comparison folder that holds something else."""
+
+
+class DamagedFile(ConvattnError, ValueError):
+    """A file of a comparison that is not what was written."""
 
 
 class UntrustedCode(ConvattnError, ValueError):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import convattn.compare
-from convattn import networks, reporting
+from convattn import files, networks, reporting
 from convattn.attachment import attach
 from convattn.compare import audit, identity, timing, tuning
 from convattn.errors import InvalidOption, RunFailed
@@ -78,9 +78,9 @@ def test_the_same_call_tries_nothing_again(options: dict[str, Any]) -> None:
 
 def result(folder: Path, name: str, rate: float, seed: int, accuracy: float | None, loss: float | None = 1.0) -> None:
     path = folder / "runs" / tuning.trial_name(name, seed, rate)
-    path.mkdir(parents=True)
     content = {"validation_accuracy": accuracy, "validation_loss": None if accuracy is None else loss}
-    (path / "result.json").write_text(json.dumps(content))
+    path.mkdir(parents=True)
+    files.write_json(path / "result.json", content)
 
 
 def written(folder: Path, accuracies: list[float | None], losses: list[float] | None = None) -> dict[str, Any]:
@@ -123,9 +123,8 @@ def test_a_rate_that_diverges_ends_no_comparison(options: dict[str, Any], monkey
     learn = Run._learn
 
     def diverging(run: Run, *given: Any) -> None:
-        learn(run, *given)
-        if run.spec.recipe.learning_rate > 0.2:
-            run.loss_sum = math.nan
+        x, *rest = given
+        learn(run, x * math.nan if run.spec.recipe.learning_rate > 0.2 else x, *rest)
 
     monkeypatch.setattr(Run, "_learn", diverging)
     results = convattn.compare.run(**options, tune="lr")

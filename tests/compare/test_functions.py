@@ -78,7 +78,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def run(data: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     def started(**given: Any) -> dict[str, Any]:
-        options = {"backbone": plain, "variants": {"blind": blind}, "seeds": 2, "epochs": 2, "batch_size": 16}
+        options = {"backbone": plain, "variants": {"blind": blind}, "seeds": 2, "batch_size": 16}
+        options |= {} if "train" in given else {"epochs": 2}
         return convattn.compare.run(data, **{**options, "out": tmp_path / "out", "quiet": True, **given})
 
     return started

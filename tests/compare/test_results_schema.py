@@ -1,6 +1,5 @@
 """docs/results.md describes every key of real results, and no other."""
 
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -9,10 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import convattn.compare
-from convattn.compare import elsewhere, timing
+from convattn import files
+from convattn.compare import elsewhere, rounds, timing
 from convattn.compare.results import SCHEMA
+from convattn.train import Run
 from small_runs import CLASSES, write_images, write_network
 
 PAGE = Path(__file__).parents[2] / "docs" / "results.md"
@@ -63,6 +65,14 @@ def fits(kind: str, said: str) -> bool:
     return kind in allowed or (kind == "integer" and "number" in allowed)
 
 
+LEARN = Run._learn
+
+
+def diverging(run: Run, x: torch.Tensor, *rest: Any) -> None:
+    broken = run.spec.variant in ("baseline", "se") and run.spec.seed == 1 and run.step >= len(run.batches)
+    LEARN(run, x * float("nan") if broken else x, *rest)
+
+
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """A comparison with all that can be asked for, on images with all that can be wrong; and one of predictions."""
@@ -77,11 +87,16 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     (data / "train" / "blue" / "torn.png").write_bytes(b"no image")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(timing, "ROUNDS", 3)
+        # one variant is decided before the other, and one run diverges
+        patched.setattr(rounds, "over", lambda found, taken, *rest: {"se"} if taken.seeds == (2,) else {*found})
+        patched.setattr(Run, "_learn", diverging)
         convattn.compare.run(
             data,
             backbone=f"{write_network(folder)}:network",
-            variants="se",
+            variants="se,cbam",
             seeds=2,
+            until="decided",
+            max_seeds=3,
             epochs=2,
             batch_size=16,
             controls="adapter,noise",
@@ -90,7 +105,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
             out=folder / "out",
             quiet=True,
         )
-    compared = json.loads((folder / "out" / "results.json").read_text(encoding="utf-8"))
+    compared = files.read_json(folder / "out" / "results.json")
+    assert compared["variants"][0]["diverged"] and compared["looks"]["ended"] == {"se": 2}
     random = np.random.default_rng(0)
     for name in ("baseline", "mine"):
         np.savez(folder / f"{name}.npz", probabilities=random.dirichlet(np.ones(3), (2, 40)), labels=np.arange(40) % 3)

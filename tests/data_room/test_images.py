@@ -192,27 +192,6 @@ def test_images_with_a_palette(tmp_path: Path) -> None:
     assert np.array_equal(read_image(tmp_path / "image.png", 16), colours)
 
 
-def test_images_with_a_transparent_palette(tmp_path: Path) -> None:
-    picture = Image.fromarray(noise(16, 16)).quantize(32)
-    picture.save(tmp_path / "image.png", transparency=bytes(range(32)))
-    colours = np.array(picture.getpalette()).reshape(-1, 3)[np.asarray(picture)]
-    assert np.array_equal(read_image(tmp_path / "image.png", 16), colours)
-
-
-def test_transparent_images(tmp_path: Path) -> None:
-    colours, alpha = noise(16, 16), noise(16, 16, seed=1)[..., :1]
-    path = write(tmp_path / "image.png", np.concatenate([colours, alpha], axis=2))
-    assert np.array_equal(read_image(path, 16), colours)
-
-
-@pytest.mark.parametrize("suffix", [".png", ".tif"])
-def test_images_of_16_bits(tmp_path: Path, suffix: str) -> None:
-    level = np.random.default_rng(0).integers(0, 2**16, size=(16, 16), dtype=np.uint16)
-    seen = read_image(write(tmp_path / f"image{suffix}", level), 16)
-    # 257 = 65535 / 255; the last step may be rounded or cut off
-    assert np.abs(seen - grey(level) / 257).max() <= 1
-
-
 def test_print_colours(tmp_path: Path) -> None:
     flat = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
     flat.save(tmp_path / "image.jpg", quality=95)

@@ -119,11 +119,12 @@ def test_the_command_draws_it(folder: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "cannot be read .*: give the command that made it once more"),
-        ("[1]", "cannot be read .it is a list, not an object."),
+        ("{", "results.json is damaged .*Give the command that made it once more"),
+        ("[1]", "is damaged .it is a list, not an object."),
         ('{"schema": 1}', "expected results of schema 2, got schema 1; give the command that made them once more"),
         ('{"schema": 3}', "got schema 3; draw the report with the version of convattn that made them"),
         ('{"schema": 2, "variants": []}', "the results have no convattn, headline, .*, baseline, controls, "),
+        ('{"schema": 2, "checksum": "12", "variants": []}', "is damaged .its checksum is wrong."),
     ],
 )
 def test_results_that_cannot_be_drawn(folder: Path, content: str, message: str) -> None:

@@ -28,6 +28,7 @@ Examples:
   convattn compare convattn-photos-1a2b3c4d --add-seeds 3
   convattn compare photos/ --variants se,mine.py:MyGate
   convattn compare photos/ --folds 5
+  convattn compare photos/ --val-as-test
   convattn compare photos/ --weights resnet18.safetensors --backbone timm:resnet18 --tune lr --audit-selection
   convattn compare photos/ --weights resnet20-12fca82f.th --variants cbam --gate-learning-rate 0.1
 """
@@ -38,6 +39,11 @@ Examples:
   convattn sites torchvision:mobilenet_v3_small --attention se --stages 3,4
   convattn sites torchvision:vgg11_bn --at block --where 'features.2*'
   convattn sites timm:convnext_atto --attention cbam+dual --at stage --image-size 224
+"""
+
+STATUS_EXAMPLES = """\b
+Examples:
+  convattn status convattn-photos-1a2b3c4d
 """
 
 VERDICT_EXAMPLES = """\b
@@ -103,17 +109,28 @@ def compare(
         ),
     ],
     backbone: Annotated[
-        str, typer.Option(help="resnet20 to resnet110, timm:NAME, torchvision:NAME or FILE.py:function.")
-    ] = "resnet20",
+        str | None,
+        typer.Option(
+            help="resnet20 to resnet110, timm:NAME, torchvision:NAME or FILE.py:function.", show_default="resnet20"
+        ),
+    ] = None,
     weights: Annotated[
-        str, typer.Option(help="pretrained, none, or a file (safetensors or pickle of tensors).")
-    ] = "none",
+        str | None,
+        typer.Option(help="pretrained, none, or a file (safetensors or pickle of tensors).", show_default="none"),
+    ] = None,
     variants: Annotated[
-        str, typer.Option(help="Names or FILE.py:NAME joined with +, separated by commas.", show_default=True)
-    ] = "se,cbam,dual,cbam+dual",
+        str | None,
+        typer.Option(
+            help="Names or FILE.py:NAME joined with +, separated by commas.", show_default="se,cbam,dual,cbam+dual"
+        ),
+    ] = None,
     controls: Annotated[
-        str, typer.Option(help="placebo, adapter, wider (each for every variant) and noise, separated by commas.")
-    ] = "none",
+        str | None,
+        typer.Option(
+            help="placebo, adapter, wider (each for every variant) and noise, separated by commas.",
+            show_default="none",
+        ),
+    ] = None,
     start: Annotated[
         str | None, typer.Option(help="identity or paper.", show_default="identity with loaded weights, else paper")
     ] = None,
@@ -134,23 +151,36 @@ def compare(
     image_size: Annotated[
         int | None, typer.Option(help="Side in pixels.", show_default="the network's, or the images' if less")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images in a training step.")] = 128,
+    batch_size: Annotated[int | None, typer.Option(help="Images in a training step.", show_default="128")] = None,
     learning_rate: Annotated[
         float | None, typer.Option(show_default="0.05, with loaded weights 0.01, for batches of 128")
     ] = None,
-    weight_decay: Annotated[float, typer.Option(help="For weights of two and more dimensions.")] = 5e-4,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="For weights of two and more dimensions.", show_default="0.0005")
+    ] = None,
     flip: Annotated[
         bool | None,
         typer.Option("--flip/--no-flip", help="Mirror training images.", show_default="flip, but not digits"),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.", show_default="auto")] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            help="Runs at a time; changes no result.", show_default="as many as processor and memory allow, 1 on a GPU"
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Of the processor for each run.", show_default="the processor's over all runs, at least 1"),
+    ] = None,
     smallest_gain: Annotated[
         float | None, typer.Option(help="Percentage points that are worth it.", show_default="0.5")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the comparison.", show_default="convattn-DATA-HASH")
+        Path | None,
+        typer.Option(help="Folder of the comparison, outside of DATA.", show_default="convattn-DATA-HASH"),
     ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for another command that works in the folder.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
     gate_learning_rate: Annotated[
         float | None, typer.Option(help="Of what is attached, controls included.", show_default="that of the rest")
@@ -165,6 +195,10 @@ def compare(
             "--audit-selection",
             help="Score the test images at every epoch, only to show what choosing the epoch on them would report.",
         ),
+    ] = False,
+    val_as_test: Annotated[
+        bool,
+        typer.Option("--val-as-test", help="Test on val/, where there is no test/, and cut validation from train/."),
     ] = False,
     trust: Annotated[list[str] | None, typer.Option(help=TRUST, metavar="FILE.py:NAME", show_default="none")] = None,
 ) -> None:
@@ -194,14 +228,28 @@ def compare(
         flip=flip,
         device=device,
         jobs=jobs,
+        threads=threads,
         smallest_gain=smallest_gain,
         out=out,
+        wait=wait,
         quiet=quiet,
         gate_learning_rate=gate_learning_rate,
         tune=tune,
         audit_selection=audit_selection,
+        val_as_test=val_as_test,
         trust=tuple(trust or ()),
     )
+
+
+@app.command(epilog=STATUS_EXAMPLES)
+def status(folder: Annotated[Path, typer.Argument(help="A folder that 'compare' made.")]) -> None:
+    """Tell where a comparison stands: who works there, which runs are done, and how far the others are.
+
+    For a look from another terminal; nothing is changed.
+    """
+    from convattn.compare.status import status as lines
+
+    sys.stdout.write("\n".join(lines(folder)) + "\n")
 
 
 @app.command(epilog=VERDICT_EXAMPLES)

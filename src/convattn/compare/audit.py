@@ -57,6 +57,9 @@ def _means(runs: Sequence[Mapping[str, Any]], weights: Sequence[int]) -> dict[st
 
 def _score(run: Mapping[str, Any], rule: str) -> float:
     tested = [line["test_accuracy"] for line in run["history"]]
+    if not tested:
+        # it diverged in its first epoch, and is scored by chance
+        return float(run["score"])
     place = {VALIDATION: run["chosen_epoch"] - 1, TEST: int(np.argmax(tested)), LAST: -1}[rule]
     return float(tested[place])
 

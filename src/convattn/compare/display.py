@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -39,6 +40,18 @@ class Display:
     def warn(self, text: str) -> None:
         """A line to the standard error, whether quiet or not."""
         sys.stderr.write(f"convattn: {text}\n")
+
+    def count(self, what: str) -> Callable[[int, int], None]:
+        """A function that is told how many things are done, and of how many, and says so once in a while."""
+        last = time.monotonic()
+
+        def tell(done: int, of: int) -> None:
+            nonlocal last
+            if time.monotonic() - last > SECONDS_BETWEEN_LINES:
+                last = time.monotonic()
+                self.say(f"  {done:,} of {of:,} {what}")
+
+        return tell
 
     def watch(self, runs: int, already: int) -> "Display":
         """Use as a context while `runs` runs are carried out, of which `already` were done before."""
@@ -102,6 +115,8 @@ def _about(progress: Progress) -> str:
     text = f"epoch {progress.epoch:>3} of {progress.epochs}"
     if progress.loss is not None:
         text += f"  loss {progress.loss:.3f}  validation {progress.validation_accuracy:.2f} %"
+    if progress.diverged:
+        return f"{text}  diverged"
     return text + ("  done" if progress.done == 1 else f"  {_duration(progress.seconds_left)} left")
 
 

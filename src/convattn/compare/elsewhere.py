@@ -1,7 +1,6 @@
 """Results of predictions that were made elsewhere: those of a comparison, in which what is not known is null."""
 
 import hashlib
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,17 +10,16 @@ from typing import Any
 import numpy as np
 
 import convattn
-from convattn import checks, reporting
+from convattn import checks, files, reporting
 from convattn.compare import changes, verdicts
 from convattn.compare import results as made
 from convattn.compare.folder import PLAN
 from convattn.compare.predictions import Predictions, read
 from convattn.errors import ComparisonError
-from convattn.train import write as replace
 from convattn.train.checkpoint import BASELINE
 
 # what predictions do not tell of a network, and of how it was trained
-UNKNOWN = ("start_accuracy", "curves", "parameters", "multiply_adds", "file_bytes", "peak_bytes", "latency")
+UNKNOWN = ("diverged", "start_accuracy", "curves", "parameters", "multiply_adds", "file_bytes", "peak_bytes", "latency")
 UNKNOWN_SETTING = (
     "backbone",
     "weights",
@@ -72,7 +70,7 @@ def results(baseline: str | Path, variants: Sequence[str | Path], *, smallest_ga
             "smallest_gain_points": smallest_gain,
             "confidence": made.CONFIDENCE,
         },
-        "looks": {"seeds": [seeds], "most_seeds": seeds, "saved_runs": 0, "sentence": _look(seeds)},
+        "looks": {"seeds": [seeds], "most_seeds": seeds, "ended": {}, "saved_runs": 0, "sentence": _look(seeds)},
         "command": shlex.join(command),
         "versions": made.versions(),
         "could_see_points": made.could_see([one.gain for one in found.values()]),
@@ -105,7 +103,7 @@ def write(content: dict[str, Any], folder: str | Path) -> Path:
     if (folder / PLAN).exists():
         raise ComparisonError(f"{folder} holds a comparison, which has results of its own: give another --out.")
     folder.mkdir(parents=True, exist_ok=True)
-    replace(folder / reporting.RESULTS, json.dumps(content, indent=1))
+    files.write_json(folder / reporting.RESULTS, content)
     return reporting.write(content, folder)
 
 
@@ -121,6 +119,7 @@ def _data(given: Predictions, files: Sequence[Path]) -> dict[str, Any]:
         "test_per_class": counts,
         "fingerprint": hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=16).hexdigest(),
         "left_out": None,
+        "notes": [],
         "per_class": None,
         "missing_classes": {},
         "one_class": [],

@@ -1,5 +1,6 @@
 """A comparison from beginning to end; its folder is the state, and the same call goes on where it was.
 
+convattn.lock held by the process that works here, which says of itself in activity.json since when
 plan.json     what was asked for, with fingerprints of data and weights; written first
 images.npy    all images decoded, with images.json; the array is gone when everything is done
 leaks.json    the test images that are among the others as well
@@ -8,10 +9,11 @@ runs/         a folder for every run
 cost.json     time, throughput, memory and sizes of every variant, measured after the last run
 results.json  everything that the report says, see docs/results.md
 report.html   the report, with results.csv and results.md beside it
+
+Every file is known to be what was written: what is damaged is computed again, but for the plan.
 """
 
 import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,14 +21,14 @@ from typing import Any
 
 import torch
 
-from convattn import checks, own_code, registry, reporting
-from convattn.compare import changes, leaks, rounds, stats, timing, tuning
+from convattn import checks, files, own_code, registry, reporting
+from convattn.compare import changes, leaks, limits, rounds, stats, timing, tuning
 from convattn.compare import folder as folders
 from convattn.compare.controls import seed_of
 from convattn.compare.display import Display
 from convattn.compare.options import (
-    DEFAULT_VARIANTS,
-    WEIGHT_DECAY,
+    OF_OUR_TRAINING,
+    PREFIX,
     Options,
     Variants,
     backbone_of,
@@ -36,25 +38,41 @@ from convattn.compare.options import (
 )
 from convattn.compare.results import assemble, judged, rights, runs_of, tested_groups
 from convattn.compare.verdicts import signed
-from convattn.compare.workers import RUNS, run_all
-from convattn.data import ARRAY, Images, Source, check_counts, decode, open_source, overview, split
-from convattn.errors import ComparisonError, InvalidOption
+from convattn.compare.workers import run_all
+from convattn.data import (
+    ARRAY,
+    Images,
+    Listing,
+    Source,
+    check_counts,
+    decode,
+    default_size,
+    open_source,
+    overview,
+    split,
+)
+from convattn.errors import ComparisonError, DamagedFile, DataError, InvalidOption
 from convattn.tables import aligned
-from convattn.train import RunSpec, checkpoint, evaluation_shape, finished, functions, start_accuracy, write
+from convattn.train import RunSpec, checkpoint, evaluation_shape, finished, functions, repair, start_accuracy
 from convattn.train.checkpoint import BASELINE
 from convattn.train.controls import NOISE
+from convattn.train.run import RUNS
 
 START, RESULTS = "start.json", reporting.RESULTS
+# files left out that are named before the start
+MOST_NAMED = 20
+# options that no folder keeps
+FUNCTIONS = ("backbone", "variants", "train")
 
 
 def run(
     data: str | Path,
     *,
-    backbone: str | functions.Build = "resnet20",
+    backbone: str | functions.Build | None = None,
     weights: str | Path | None = None,
-    variants: Variants = DEFAULT_VARIANTS,
+    variants: Variants | None = None,
     train: functions.Train | None = None,
-    controls: str | Sequence[str] = "none",
+    controls: str | Sequence[str] | None = None,
     start: str | None = None,
     seeds: int | None = None,
     until: str | None = None,
@@ -63,18 +81,21 @@ def run(
     folds: int | None = None,
     epochs: int | None = None,
     image_size: int | None = None,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     learning_rate: float | None = None,
-    weight_decay: float = WEIGHT_DECAY,
+    weight_decay: float | None = None,
     flip: bool | None = None,
-    device: str = "auto",
-    jobs: int = 1,
+    device: str | None = None,
+    jobs: int | None = 1,
+    threads: int | None = None,
     smallest_gain: float | None = None,
     out: str | Path | None = None,
+    wait: bool = False,
     quiet: bool = False,
     gate_learning_rate: float | None = None,
     tune: str | None = None,
     audit_selection: bool = False,
+    val_as_test: bool = False,
     trust: own_code.Trust = (),
 ) -> dict[str, Any]:
     """Train baseline and variants on images over several seeds, and say what each variant gains and costs.
@@ -87,13 +108,15 @@ def run(
         data: a folder of class folders, with or without `train`, `val` and `test` above them; an archive of one; a CSV
             file with the columns `path,label[,split][,group]`, where no group is torn between the splits; or
             `"digits"`.
-        backbone: see `convattn.networks.create`; or a function of a seed that returns any module.
+        backbone: `"resnet20"` by default, see `convattn.networks.create`; or a function of a seed that returns any
+            module.
         weights: `"pretrained"`, None for random ones, or a file.
-        variants: what stands in the network: names (registered, or `FILE.py:NAME`), joined with `+`, as a sequence or
-            separated by commas; classes or factories of modules (from a number of channels), one or among the names of
-            a sequence; or a dictionary from names of your own to classes, to factories whose first argument is called
-            `channels`, `dim` or the like, or to functions of a seed that return any whole network, of as many classes
-            as the data have. PyTorch's random numbers have that seed when such a function is called.
+        variants: what stands in the network, by default se, cbam, dual and cbam+dual: names (registered, or
+            `FILE.py:NAME`), joined with `+`, as a sequence or separated by commas; classes or factories of modules
+            (from a number of channels), one or among the names of a sequence; or a dictionary from names of your own
+            to classes, to factories whose first argument is called `channels`, `dim` or the like, or to functions of a
+            seed that return any whole network, of as many classes as the data have. PyTorch's random numbers have that
+            seed when such a function is called.
         train: in place of our training, a function of (model, split, seed) that trains the model and returns the class
             probabilities of the test images, (images, classes). `split.train`, `split.validation` and `split.test` are
             datasets of (x, label), see `convattn.data.Part`; the labels of the test images are hidden. It is called
@@ -106,26 +129,32 @@ def run(
         until: `"decided"` adds a seed at a time until every variant is decided or will hardly be, see `max_seeds`.
         max_seeds: the most seeds then, 12 by default; every look in between spends from one budget.
         add_seeds: go on with the comparison in the folder `data` with so many seeds more; all else is as it was there,
-            but for functions and classes, which have to be given again, and code of a file, see `trust`.
+            and cannot be given, but for functions and classes, which have to be given again, and code of a file, see
+            `trust`.
         folds: test every image once for each seed, by one of so many networks that did not see it; for data of few
             images. Parts that the data are given in then do not count.
         epochs: by default 30 from random weights and 10 from loaded ones.
         image_size: side in pixels; by default what the network was made for, or the images' own if that is less.
-        batch_size: images in a training step.
+        batch_size: images in a training step, 128 by default.
         learning_rate: the highest; by default 0.05, with loaded weights 0.01, for batches of 128, else in proportion.
-        weight_decay: for weights of two and more dimensions.
+        weight_decay: for weights of two and more dimensions, 5e-4 by default.
         flip: mirror training images at random; by default yes, but not the digits.
-        device: `"auto"`, `"cpu"`, `"cuda"` or `"mps"`.
-        jobs: runs at a time, each with its share of the processor's threads; above 1 they are processes of their own,
-            so that a script has to call this below `if __name__ == "__main__"`.
+        device: `"auto"`, `"cpu"`, `"cuda"` or `"mps"`; auto by default.
+        jobs: runs at a time, which changes no result; above 1 they are processes of their own, so that a script has to
+            call this below `if __name__ == "__main__"`. None for as many as processor and memory allow.
+        threads: of the processor for each run, written down in the folder at the first start, since results are equal
+            to the bit for the same number only; by default what is left to each if all runs are at work at once.
         smallest_gain: the smallest gain in percentage points that is worth it, 0.5 by default.
-        out: the folder; by default named after the data and a hash of the plan.
+        out: the folder, outside of the data; by default named after the data and a hash of the plan.
+        wait: where another process works in the folder, wait until it has ended.
         quiet: print nothing.
         gate_learning_rate: that of what is attached, in variants and controls alike; by default that of the rest.
         tune: `"lr"` lets the baseline, every variant and every control choose a learning rate on validation images,
             from the same five around `learning_rate` and with trainings of seeds that are not compared.
         audit_selection: score the test images at every epoch as well, to show what others would have reported who
             choose the epoch on them; nothing else changes.
+        val_as_test: test on the images that the data give for validation, and cut validation images from those for
+            training; for data without test images of their own.
         trust: with `add_seeds`, code of the form `FILE.py:NAME` that may be run where the folder names it; no other is.
 
     Returns:
@@ -136,133 +165,215 @@ def run(
         ConvattnError: any other request that cannot be carried out; nothing was written.
         RunFailed: a run broke.
     """
+    options: dict[str, Any] = {
+        "backbone": backbone,
+        "weights": weights,
+        "variants": variants,
+        "train": train,
+        "controls": controls,
+        "start": start,
+        "seeds": seeds,
+        "until": until,
+        "max_seeds": max_seeds,
+        "folds": folds,
+        "epochs": epochs,
+        "image_size": image_size,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "flip": flip,
+        "device": device,
+        "threads": threads,
+        "gate_learning_rate": gate_learning_rate,
+        "tune": tune,
+        "audit_selection": audit_selection,
+        "val_as_test": val_as_test,
+    }
+    folder = None if out is None else Path(out)
     if add_seeds is not None:
-        given = {"backbone": backbone, "variants": variants, "train": train}
-        how = {"jobs": jobs, "device": device, "quiet": quiet}
-        return _continued(data, add_seeds, given, trust, smallest_gain=smallest_gain, **how)
-    options = parse(
-        data,
-        backbone=backbone,
-        weights=weights,
-        variants=variants,
-        controls=controls,
-        start=start,
-        epochs=epochs,
-        image_size=image_size,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        flip=flip,
-        device=device,
-        seeds=seeds,
-        jobs=jobs,
-        smallest_gain=smallest_gain,
-        until=until,
-        max_seeds=max_seeds,
-        folds=folds,
-        train=train,
-        gate_learning_rate=gate_learning_rate,
-        tune=tune,
-        audit_selection=audit_selection,
-    )
-    with registry.also(options.own):
-        return _run(options, out, Display(quiet=quiet))
+        folder = Path(data)
+        _refuse_with_add_seeds(folder, {**options, "out": out})
+        data, options, smallest_gain = _continued(folder, add_seeds, options, trust, smallest_gain)
+    elif trust:
+        raise InvalidOption("compare: trust is for code that the folder of add_seeds names; what you give here is run.")
+    parsed = parse(data, **options, jobs=jobs, smallest_gain=smallest_gain)
+    with registry.also(parsed.own):
+        return _run(parsed, folder, Display(quiet=quiet), wait=wait)
 
 
-def _run(options: Options, out: str | Path | None, display: Display) -> dict[str, Any]:
+def _run(options: Options, folder: Path | None, display: Display, *, wait: bool) -> dict[str, Any]:
     for variant in options.variants:
         for name in variant.split("+") if variant not in options.builds else ():
             registry.entry(name)
     source = open_source(options.data)
-    folder = Path(out) if out is not None else options.folder(source.name)
+    folder = folder or options.folder(source.name)
+    _check_outside(folder, source)
     threads = torch.get_num_threads()
     try:
-        images = _prepared(options, source, folder, display)
-        return _carried_out(options, images, folder, display, threads)
+        with folders.locked(folder, wait=wait, say=display.warn):
+            options, images = _prepared(options, source, folder, display)
+            return _carried_out(options, images, folder, display)
     finally:
         torch.set_num_threads(threads)
 
 
+def _check_outside(folder: Path, source: Source) -> None:
+    """Refuse a folder inside of the data, where its files would be taken for images; its own kind is known there."""
+    if source.path is None or not source.path.is_dir() or folder.name.startswith(PREFIX):
+        return
+    data = source.path.resolve()
+    if data in (folder.resolve(), *folder.resolve().parents):
+        raise ComparisonError(
+            f"{folder} lies inside of the data {source.path}, and its files would be taken for images: give an --out "
+            f"outside of them, or none. Nothing was changed."
+        )
+
+
+def _refuse_with_add_seeds(folder: Path, options: Mapping[str, Any]) -> None:
+    """Refuse options that a comparison which goes on cannot follow, as they were set when it began."""
+    for name, value in options.items():
+        # functions are given again where there are any
+        if name not in FUNCTIONS and value not in (None, False):
+            _refuse_with_add_seeds_names(folder, [name])
+
+
+def _refuse_with_add_seeds_names(folder: Path, names: Sequence[str]) -> None:
+    if names:
+        raise InvalidOption(
+            f"compare: {names[0]} cannot be given with add_seeds: {folder} goes on as it was begun. Leave it out, or "
+            f"begin another comparison."
+        )
+
+
 def _continued(
-    folder: str | Path,
-    more: int,
-    given: dict[str, Any],
-    trust: own_code.Trust,
-    *,
-    smallest_gain: float | None,
-    **how: Any,
-) -> dict[str, Any]:
-    """The comparison of a folder with more seeds, its functions as given."""
+    folder: Path, more: int, given: Mapping[str, Any], trust: own_code.Trust, smallest_gain: float | None
+) -> tuple[str, dict[str, Any], float]:
+    """The data, the options and the smallest gain of a folder's comparison with more seeds, its functions as given."""
     checks.positive("compare", "add_seeds", more)
-    folder = Path(folder)
-    asked = folders.options_of(folder)
-    found = _functions(folder, asked.pop("builds", {}), asked.pop("train", None), asked.pop("own", {}), given)
-    named = [] if "backbone" in found else [asked.get("backbone")]
-    named += [] if "variants" in found else [name for one in asked.get("variants", []) for name in one.split("+")]
+    plan = folders.read_plan(folder)
+    options = {**plan["options"], "threads": plan["threads"]}
+    functions_now = _functions(
+        folder, options.pop("builds", {}), options.pop("train", None), options.pop("own", {}), given
+    )
+    named = [] if "backbone" in functions_now else [options["backbone"]]
+    if "variants" not in functions_now:
+        named += [name for variant in options["variants"] for name in variant.split("+")]
     own_code.check(named, folder / folders.PLAN, trust)
-    asked |= found
+    if "train" in functions_now:
+        # they could not be given with a training function
+        options = {name: value for name, value in options.items() if name not in OF_OUR_TRAINING}
     taken = rounds.looks(folder, None)
     if not taken.seeds:
         raise ComparisonError(f"{folder} is not done yet: give the command that began it once more.")
-    known: dict[str, Any] = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["setting"]
-    smallest = known["smallest_gain_points"] if smallest_gain is None else smallest_gain
-    # what it was trained on, it goes on with
-    how["device"] = asked.pop("device")
-    return run(**asked, seeds=taken.seeds[-1] + more, smallest_gain=smallest, out=folder, **how)
+    if smallest_gain is None:
+        results = files.read_intact(folder / RESULTS)
+        if results is None:
+            raise ComparisonError(
+                f"{folder / RESULTS} is missing or damaged: give the command that began the comparison once more, or "
+                f"--smallest-gain."
+            )
+        smallest_gain = results["setting"]["smallest_gain_points"]
+    return options.pop("data"), {**options, **functions_now, "seeds": taken.seeds[-1] + more}, smallest_gain
 
 
 def _functions(
-    folder: Path, builds: dict[str, str], train: str | None, own: dict[str, str], given: dict[str, Any]
+    folder: Path, builds: Mapping[str, str], train: str | None, own: Mapping[str, str], given: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The functions and classes that a comparison was begun with, as they are given again.
 
     That they are the same is checked with all other options.
     """
     variants = bool(set(builds) - {BASELINE}) or not all(map(registry.is_known, own))
-    wanted = {"backbone": BASELINE in builds, "variants": variants, "train": train is not None}
-    found = {name: given[name] for name, there in wanted.items() if there}
-    for name, one in found.items():
-        listed = name == "variants" and not isinstance(one, str) and not callable(one) and any(map(callable, one))
-        if not callable(one) and not listed and not (name == "variants" and isinstance(one, Mapping)):
+    needed = {"backbone": BASELINE in builds, "variants": variants, "train": train is not None}
+    _refuse_with_add_seeds_names(folder, [name for name in FUNCTIONS if given[name] is not None and not needed[name]])
+    functions_now = {name: given[name] for name in FUNCTIONS if needed[name]}
+    for name, value in functions_now.items():
+        listed = isinstance(value, Sequence) and not isinstance(value, str) and any(map(callable, value))
+        if not callable(value) and not (name == "variants" and (listed or isinstance(value, Mapping))):
             raise ComparisonError(
                 f"{folder} was begun from Python with functions of its own, or classes: call convattn.compare.run "
-                f"there with add_seeds and the same {', '.join(found)}."
+                f"there with add_seeds and the same {', '.join(functions_now)}."
             )
-    return found
+    return functions_now
 
 
-def _prepared(options: Options, source: Source, folder: Path, display: Display) -> Images:
-    """The images of a comparison, in its folder; the folder is there only if everything in the request is right."""
+def _prepared(options: Options, source: Source, folder: Path, display: Display) -> tuple[Options, Images]:
+    """The images of a comparison, in its folder, and its options with the threads and jobs of its runs.
+
+    The folder is there only if everything in the request is right.
+    """
+    parts = {"val_as_test": options.val_as_test, "folds": options.folds is not None}
+    # an archive is unpacked only where it is needed
+    listing = None if source.is_archive else source.listing(folder, **parts)
     fingerprints = {
-        "images": source.fingerprint(),
+        "images": source.fingerprint(listing),
         "weights": fingerprint_of(options.weights),
         "network": fingerprint_of(options.backbone.rpartition(":")[0]),
         "functions": functions.fingerprint(options.callables),
     }
-    files = [one.name.rpartition(":")[0] for one in options.own if own_code.is_named(one.name)]
-    if files:
-        fingerprints["modules"] = fingerprint_of(*files)
+    modules = [entry.name.rpartition(":")[0] for entry in options.own if own_code.is_named(entry.name)]
+    if modules:
+        fingerprints["modules"] = fingerprint_of(*modules)
     known = folders.check(folder, options, fingerprints)
+    options = _with_threads(options, folders.read_plan(folder)["threads"] if known else None, folder)
     rounds.check(folder, options.seeds, options.max_seeds)
-    if known and ((folder / ARRAY).exists() or _is_complete(options, folder)):
-        return Images.load(folder)
+    if known:
+        # a process that was killed between its last steps leaves both
+        (folder / folders.PREPARING).unlink(missing_ok=True)
+        folders.clear(folder)
+        for run_folder in sorted((folder / RUNS).glob("*/")):
+            for line in repair(run_folder):
+                display.warn(line)
+        images = _intact_images(folder, display)
+        if images is not None and (len(images.pixels) or _is_complete(options, folder)):
+            return options, images
     with contextlib.nullcontext() if known else folders.preparing(folder, options, fingerprints):
-        images = _decoded(options, source, folder, display)
-    for one in images.left_out:
-        display.warn(f"left out {one.path}: {one.reason}")
-    return images
+        images = _decoded(options, source, listing, folder, display)
+    for file in images.left_out[:MOST_NAMED]:
+        display.warn(f"left out {file.path}: {file.reason}")
+    if len(images.left_out) > MOST_NAMED:
+        display.warn(f"left out {len(images.left_out) - MOST_NAMED:,} more files, which the report names.")
+    return options, images
 
 
-def _decoded(options: Options, source: Source, folder: Path, display: Display) -> Images:
+def _with_threads(options: Options, recorded: int | None, folder: Path) -> Options:
+    """The options with the threads of each run: those that the folder was begun with, or what is asked for."""
+    if recorded is not None and options.threads not in (None, recorded):
+        raise ComparisonError(
+            f"{folder} was begun with {recorded} threads for each run, and its results are equal to the bit for these "
+            f"only: give --threads {recorded}, or another --out. Nothing was changed."
+        )
+    return replace(options, threads=recorded or options.threads or limits.default_threads(options))
+
+
+def _intact_images(folder: Path, display: Display) -> Images | None:
+    """The images of a folder; None where they are missing or damaged, and have to be decoded again."""
+    try:
+        return Images.load(folder, verify=True)
+    except DamagedFile as error:
+        display.warn(f"{error} The images are decoded again.")
+        return None
+
+
+def _decoded(options: Options, source: Source, listing: Listing | None, folder: Path, display: Display) -> Images:
     folders.clear(folder)
     try:
-        listing = source.listing(folder / folders.UNPACKED)
-        network = check_networks(options, len(listing.classes))
-        display.say(f"Decoding {len(listing.found):,} images ...")
+        if listing is None:
+            parts = {"val_as_test": options.val_as_test, "folds": options.folds is not None}
+            listing = source.listing(folder / folders.UNPACKED, **parts)
+        network = backbone_of(options, len(listing.classes))
         wanted = getattr(network, "input_size", None)
-        images = decode(listing, folder, image_size=options.image_size, wanted_size=wanted)
+        size = options.image_size or default_size(listing, wanted)
+        needs = limits.needs(options, len(listing.found), size, network, folder)
+        display.say(needs.sentence(folder, options.jobs or limits.default_jobs(options, needs.memory)))
+        check_networks(options, network, len(listing.classes))
+        display.say(f"Decoding {len(listing.found):,} images ...")
+        images = decode(listing, folder, image_size=size, wanted_size=wanted, progress=display.count("images"))
     finally:
         folders.clear(folder)
+    if not len(images.labels):
+        first = images.left_out[0]
+        raise DataError(f"No image of {source.name} can be decoded: {first.path}: {first.reason}.")
     if options.folds is None:
         check_counts(images)
     for seed, fold in [*options.parts, *((seed, None) for seed in tuning.SEEDS if options.tune)]:
@@ -283,8 +394,8 @@ def _is_complete(options: Options, folder: Path) -> bool:
     runs = [run for name in options.names for run in runs_of(folder, name, options)]
     if options.tune and not tuning.are_done(options.names, options.learning_rate, folder):
         return False
-    files = [folder / START, folder / timing.COST, folder / leaks.LEAKS]
-    return all(finished(run) is not None for run in runs) and all(file.exists() for file in files)
+    known = [files.read_intact(folder / name) for name in (START, timing.COST, leaks.LEAKS)]
+    return all(finished(run) is not None for run in runs) and all(content is not None for content in known)
 
 
 def _check_forward(network: torch.nn.Module, images: Images, name: str) -> None:
@@ -302,9 +413,15 @@ def _check_forward(network: torch.nn.Module, images: Images, name: str) -> None:
         )
 
 
-def _carried_out(options: Options, images: Images, folder: Path, display: Display, threads: int) -> dict[str, Any]:
-    like = backbone_of(options, len(images.classes)) if options.builds else None
-    firsts = _specs(replace(options, seeds=1), threads, like)[: len(options.names)]
+def _carried_out(options: Options, images: Images, folder: Path, display: Display) -> dict[str, Any]:
+    cores = torch.get_num_threads()
+    network = backbone_of(options, len(images.classes))
+    like = network if options.builds else None
+    if options.jobs is None:
+        options = replace(
+            options, jobs=limits.default_jobs(options, limits.memory_of_run(options, images.size, network))
+        )
+    firsts = _specs(replace(options, seeds=1), like)[: len(options.names)]
     parts = overview(images, options.folds)
     tests = len(parts.test)
     display.say(
@@ -325,29 +442,28 @@ def _carried_out(options: Options, images: Images, folder: Path, display: Displa
         else "With a single seed this comparison can see no gain: it has no interval. Take at least 2, better 5."
     )
     if options.tune:
-        options = _tuned(options, firsts, images, folder, display, max(1, threads // options.jobs))
-    taken = _rounds(options, images, folder, display, max(1, threads // options.jobs), like)
-    if not (folder / timing.COST).exists():
+        options = _tuned(options, firsts, images, folder, display)
+    taken = _rounds(options, images, folder, display, like)
+    torch.set_num_threads(cores)
+    if files.read_intact(folder / timing.COST) is None:
         display.say("Measuring what each variant costs ...")
     # the noise is the baseline's network
     costs = timing.measure(options, [spec for spec in firsts if spec.variant != NOISE], images, folder)
     results = assemble(options, images, folder, starts, costs, taken)
-    write(folder / RESULTS, json.dumps(results, indent=1))
+    files.write_json(folder / RESULTS, results)
     report = reporting.write(results, folder)
     (folder / ARRAY).unlink(missing_ok=True)
     _conclude(results, report, display)
     return {**results, "folder": str(folder)}
 
 
-def _tuned(
-    options: Options, firsts: Sequence[RunSpec], images: Images, folder: Path, display: Display, threads: int
-) -> Options:
+def _tuned(options: Options, firsts: Sequence[RunSpec], images: Images, folder: Path, display: Display) -> Options:
     """The options with the learning rate that each network chose."""
-    specs = tuning.trials(firsts, threads)
+    specs = tuning.trials(firsts)
     display.say(f"Choosing a learning rate for each network on validation images, in {len(specs)} trainings:")
     already = sum(finished(folder / RUNS / spec.name) is not None for spec in specs)
     with display.watch(len(specs), already):
-        run_all(specs, images, folder, options.jobs, display.update)
+        run_all(specs, images, folder, options.jobs or 1, display.update)
     found = tuning.chosen(options.names, options.learning_rate, folder)
     display.say(found["sentence"])
     for line in found["warnings"]:
@@ -356,7 +472,7 @@ def _tuned(
 
 
 def _rounds(
-    options: Options, images: Images, folder: Path, display: Display, threads: int, like: torch.nn.Module | None
+    options: Options, images: Images, folder: Path, display: Display, like: torch.nn.Module | None
 ) -> rounds.Looks:
     """Train all runs, and go on seed by seed until everything is decided where that was asked for; the looks taken.
 
@@ -368,10 +484,10 @@ def _rounds(
     seeds = max(options.seeds, *taken.seeds, 1) if options.until else options.seeds
     while True:
         now = replace(options, seeds=seeds, ended=ended)
-        specs = _specs(now, threads, like)
+        specs = _specs(now, like)
         already = sum(finished(folder / RUNS / spec.name) is not None for spec in specs)
         with display.watch(len(specs), already):
-            run_all(specs, images, folder, options.jobs, display.update)
+            run_all(specs, images, folder, options.jobs or 1, display.update)
         taken = rounds.record(folder, taken, seeds, ended)
         if options.max_seeds is None:
             return taken
@@ -387,11 +503,13 @@ def _rounds(
 
 
 def _tell_what_is_wrong(images: Images, folds: int | None, folder: Path, display: Display) -> None:
+    for line in images.findings.sentences(len(images.labels)):
+        display.warn(line)
     parts = overview(images, folds)
     counts = leaks.counts(images, parts)
     for line in aligned(leaks.table(images.classes, counts["per_class"]), "<>>>"):
         display.say(f"  {line}")
-    if not (folder / leaks.LEAKS).exists():
+    if files.read_intact(folder / leaks.LEAKS) is None:
         display.say("Looking for test images among the others ...")
     for line in leaks.warnings(counts, leaks.search(images, folds, folder), len(parts.test)):
         display.warn(line)
@@ -400,7 +518,7 @@ def _tell_what_is_wrong(images: Images, folds: int | None, folder: Path, display
 def _start_accuracies(specs: Sequence[RunSpec], images: Images, folder: Path, display: Display) -> dict[str, float]:
     """The test accuracy of every variant before training, for the first seed, printed as they come."""
     path = folder / START
-    known: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known: dict[str, float] = (files.read_intact(path) or {}).get("accuracies", {})
     fold, folds = specs[0].fold, specs[0].folds
     tests = len(split(images, 0, fold=fold, folds=folds).test)
     which = "" if fold is None else " of the first fold"
@@ -409,15 +527,15 @@ def _start_accuracies(specs: Sequence[RunSpec], images: Images, folder: Path, di
         if spec.variant not in known:
             torch.set_num_threads(spec.threads)
             known[spec.variant] = start_accuracy(spec, images)
-            write(path, json.dumps(known, indent=1))
+            files.write_json(path, {"accuracies": known})
         display.say(f"  {spec.variant:<20} {known[spec.variant]:6.2f} %")
     return known
 
 
-def _specs(options: Options, threads: int, like: torch.nn.Module | None) -> list[RunSpec]:
+def _specs(options: Options, like: torch.nn.Module | None) -> list[RunSpec]:
     """All runs; networks that functions build are taken to want images `like` the backbone does."""
     return [
-        _spec(options, name, seed, threads, fold=fold, like=like)
+        _spec(options, name, seed, fold=fold, like=like)
         for seed, fold in options.parts
         for name in options.names
         if seed < options.seeds_of(name)
@@ -428,9 +546,7 @@ def _built(build: functions.Build, like: Any) -> functions.Built:
     return functions.Built(build, like.input_mean, like.input_std, like.input_size)
 
 
-def _spec(
-    options: Options, variant: str, seed: int, threads: int, *, fold: int | None, like: torch.nn.Module | None
-) -> RunSpec:
+def _spec(options: Options, variant: str, seed: int, *, fold: int | None, like: torch.nn.Module | None) -> RunSpec:
     build = options.builds.get(variant, options.builds.get(BASELINE))
     return RunSpec(
         variant=variant,
@@ -441,7 +557,7 @@ def _spec(
         recipe=options.recipe(variant),
         flip=options.flip,
         device=options.device,
-        threads=threads,
+        threads=options.threads or 1,
         build=None if build is None else _built(build, like),
         whole=variant in options.builds or variant == NOISE,
         train=options.train,

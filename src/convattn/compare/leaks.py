@@ -2,15 +2,13 @@
 
 import base64
 import io
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from convattn import checks
+from convattn import checks, files
 from convattn.data import Images, Pair, Split, find_duplicates, per_class, split
-from convattn.train import write
 
 LEAKS = "leaks.json"
 # of the test images. A network that has learned them by heart answers them right, so that they can shift a gain by
@@ -31,7 +29,8 @@ def search(images: Images, folds: int | None, folder: Path) -> dict[str, Any]:
     (`other_class`), and some `examples`, the first of them with pictures (PNG in base64).
     """
     path = folder / LEAKS
-    if not path.exists():
+    known = files.read_intact(path)
+    if known is None:
         every = [split(images, 0, fold=fold, folds=folds) for fold in ([None] if folds is None else range(folds))]
         pairs = [
             pair
@@ -39,8 +38,9 @@ def search(images: Images, folds: int | None, folder: Path) -> dict[str, Any]:
             for pair in find_duplicates(images.pixels, parts.test, np.union1d(parts.train, parts.validation))
         ]
         pairs.sort(key=lambda pair: (not pair.exact, -pair.similarity))
-        write(path, json.dumps(_told(images, pairs), indent=1))
-    return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        known = _told(images, pairs)
+        files.write_json(path, known)
+    return known
 
 
 def leak(duplicates: dict[str, Any], tests: int) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,17 +27,25 @@ from convattn.train import Recipe, functions
 from convattn.train.checkpoint import BASELINE, build
 from convattn.train.controls import NOISE, WIDER, parts
 
+BACKBONE = "resnet20"
 DEFAULT_VARIANTS = ("se", "cbam", "dual", "cbam+dual")
 # for batches of 128; half of the customary 0.1 (He et al., 2016, section 4.2), at which heads without a norm diverged
 RATE, FINE_TUNING_RATE, RATE_BATCH = 0.05, 0.01, 128
+BATCH_SIZE = 128
 WEIGHT_DECAY = 5e-4
 EPOCHS, FINE_TUNING_EPOCHS = 30, 10
 # these change how many runs there are, where they run or how they are judged, not what any run is
-NOT_HASHED = ("seeds", "jobs", "smallest_gain", "until", "max_seeds", "rates", "ended")
+NOT_HASHED = ("seeds", "jobs", "threads", "smallest_gain", "until", "max_seeds", "rates", "ended")
 SEEDS, FIRST_SEEDS, MAX_SEEDS = 5, 3, 12
 SMALLEST_GAIN = 0.5
 # a name, a class or factory of a module, several of them, or by name functions that build whole networks as well
 Variants = str | Callable[..., Any] | Sequence[str | Callable[..., Any]] | Mapping[str, Callable[..., Any]]
+# what a training function of the user has no use for
+OF_OUR_TRAINING = ("tune", "audit_selection", "gate_learning_rate", "epochs", "learning_rate", "weight_decay", "flip")
+# of the folders that comparisons make
+PREFIX = "convattn-"
+# of letters of the name of the data in it: file systems take about 255 bytes
+LONGEST_NAME = 60
 # it becomes the name of a folder
 NAME = re.compile(r"[\w.+-]+")
 
@@ -59,14 +68,17 @@ class Options:
     flip: bool
     device: str
     seeds: int
-    jobs: int
+    # None until it is known what the machine has
+    jobs: int | None
     smallest_gain: float
+    threads: int | None = None
     until: str | None = None
     max_seeds: int | None = None
     folds: int | None = None
     gate_learning_rate: float | None = None
     tune: str | None = None
     audit_selection: bool = False
+    val_as_test: bool = False
     # by the name of a network the learning rate that it chose, once that is known
     rates: Mapping[str, float] = field(default_factory=dict)
     # by the name of a variant the number of its seeds, where it was decided before the others
@@ -126,7 +138,7 @@ class Options:
     def folder(self, data_name: str) -> Path:
         """The default folder: named after the data and a hash of the plan."""
         digest = hashlib.sha256(json.dumps(self.hashed(), sort_keys=True).encode()).hexdigest()[:8]
-        return Path(f"convattn-{data_name}-{digest}")
+        return Path(f"{PREFIX}{data_name[:LONGEST_NAME]}-{digest}")
 
     def command(self, looks: Sequence[int] = (), folder: Path | None = None) -> str:
         """The command lines that repeat this comparison, with the looks that were taken at it."""
@@ -155,8 +167,9 @@ class Options:
         names += ["epochs", "image_size", "batch_size", "learning_rate", "weight_decay", "flip", "smallest_gain"]
         names += ["gate_learning_rate", "tune"]
         values = {name: getattr(self, name) for name in names} | {"seeds": seeds}
-        values |= {"audit_selection": self.audit_selection or None}
+        values |= {name: getattr(self, name) or None for name in ("audit_selection", "val_as_test", "threads")}
         values |= {name: ",".join(values[name]) for name in ("variants", "controls")}
+        values |= dict.fromkeys(() if self.train is None else OF_OUR_TRAINING)
         return {name: value for name, value in values.items() if value not in (None, "")}
 
     def _command(self, seeds: int) -> str:
@@ -191,28 +204,30 @@ class Options:
 def parse(
     data: str | Path,
     *,
-    backbone: str | functions.Build,
-    weights: str | Path | None,
-    variants: Variants,
-    controls: str | Sequence[str] | None,
-    start: str | None,
-    epochs: int | None,
-    image_size: int | None,
-    batch_size: int,
-    learning_rate: float | None,
-    weight_decay: float,
-    flip: bool | None,
-    device: str,
-    seeds: int | None,
-    jobs: int,
-    smallest_gain: float | None,
+    backbone: str | functions.Build | None = None,
+    weights: str | Path | None = None,
+    variants: Variants | None = None,
+    train: functions.Train | None = None,
+    controls: str | Sequence[str] | None = None,
+    start: str | None = None,
+    seeds: int | None = None,
     until: str | None = None,
     max_seeds: int | None = None,
     folds: int | None = None,
-    train: functions.Train | None = None,
+    epochs: int | None = None,
+    image_size: int | None = None,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    weight_decay: float | None = None,
+    flip: bool | None = None,
+    device: str | None = None,
+    jobs: int | None = None,
+    threads: int | None = None,
+    smallest_gain: float | None = None,
     gate_learning_rate: float | None = None,
     tune: str | None = None,
     audit_selection: bool = False,
+    val_as_test: bool = False,
 ) -> Options:
     """Check every option that can be checked without looking at data or networks, and fill in the defaults."""
     where = "compare"
@@ -222,7 +237,8 @@ def parse(
         raise InvalidOption("compare: max_seeds is the end of --until decided, and that was not asked for.")
     seeds = seeds if seeds is not None else FIRST_SEEDS if until else SEEDS
     most = (max_seeds if max_seeds is not None else MAX_SEEDS) if until else None
-    for name, value in (("seeds", seeds), ("jobs", jobs), ("batch_size", batch_size)):
+    batch_size = BATCH_SIZE if batch_size is None else batch_size
+    for name, value in (("seeds", seeds), ("batch_size", batch_size)):
         checks.positive(where, name, value)
     if most is not None:
         checks.positive(where, "max_seeds", most)
@@ -230,24 +246,34 @@ def parse(
             raise InvalidOption(
                 f"compare: until={until!r} goes from seeds, 2 or more, to max_seeds; got {seeds}, {most}."
             )
-    for name, optional in (("epochs", epochs), ("image_size", image_size)):
+    for name, switch in (("flip", flip), ("audit_selection", audit_selection), ("val_as_test", val_as_test)):
+        checks.choice(where, name, switch, (True, False, *([None] if name == "flip" else [])))
+    if threads is not None:
+        checks.between(where, "threads", threads, 1, os.cpu_count() or 1)
+    for name, optional in (("epochs", epochs), ("image_size", image_size), ("jobs", jobs), ("threads", threads)):
         if optional is not None:
             checks.positive(where, name, optional)
     for name, rate in (("learning_rate", learning_rate), ("gate_learning_rate", gate_learning_rate)):
-        if rate is not None and not 0 < rate < math.inf:
-            raise InvalidOption(f"compare: {name} must be above 0 and finite, got {rate}.")
-    _check_training(tune, audit_selection, gate_learning_rate, folds, train)
+        numeric = isinstance(rate, int | float) and not isinstance(rate, bool)
+        if rate is not None and not (numeric and 0 < rate < math.inf):
+            raise InvalidOption(f"compare: {name} must be above 0 and finite, got {rate!r}.")
+    ours = (tune, audit_selection, gate_learning_rate, epochs, learning_rate, weight_decay, flip)
+    _check_training(tune, folds, train, dict(zip(OF_OUR_TRAINING, ours, strict=True)))
+    weight_decay = WEIGHT_DECAY if weight_decay is None else weight_decay
     checks.between(where, "weight_decay", weight_decay, 0, 1)
     smallest_gain = SMALLEST_GAIN if smallest_gain is None else smallest_gain
     checks.between(where, "smallest_gain", smallest_gain, 0, 100)
     chosen = None if weights in (None, "none") else str(weights)
     start = start or ("identity" if chosen else "paper")
     checks.choice(where, "start", start, STARTS)
+    if val_as_test and folds is not None:
+        raise InvalidOption("compare: with folds every image is tested, val too; leave out val_as_test or folds.")
     if folds is not None and not (isinstance(folds, int) and folds >= 2):
         raise InvalidOption(f"compare: folds must be 2 or more, got {folds!r}.")
-    names, built, own = _named(variants)
+    backbone = BACKBONE if backbone is None else backbone
+    names, built, own = _named(DEFAULT_VARIANTS if variants is None else variants)
     builds = _builds(backbone, built, controls, chosen)
-    if jobs > 1:
+    if jobs is None or jobs > 1:
         sent = [one.source for one in own if not own_code.is_named(one.name)]
         functions.check_sendable([*builds.values(), *([train] if train else []), *sent])
     usual = (FINE_TUNING_RATE if chosen else RATE) * batch_size / RATE_BATCH
@@ -265,9 +291,10 @@ def parse(
         weight_decay=weight_decay,
         # digits are read from left to right
         flip=str(data) != "digits" if flip is None else flip,
-        device=_device(device),
+        device=_device("auto" if device is None else device),
         seeds=seeds,
         jobs=jobs,
+        threads=threads,
         smallest_gain=smallest_gain,
         until=until,
         max_seeds=most,
@@ -275,6 +302,7 @@ def parse(
         gate_learning_rate=gate_learning_rate,
         tune=tune,
         audit_selection=audit_selection,
+        val_as_test=val_as_test,
         builds=builds,
         train=train,
         own=own,
@@ -288,13 +316,12 @@ def backbone_of(options: Options, classes: int | None) -> torch.nn.Module:
     return networks.create(options.backbone, classes=classes, weights=options.weights)
 
 
-def check_networks(options: Options, classes: int) -> torch.nn.Module:
-    """Build the backbone once, plan every variant on it, and build every control; return the backbone.
+def check_networks(options: Options, network: torch.nn.Module, classes: int) -> None:
+    """Plan every variant on the backbone, and build every control.
 
     Raises:
         ConvattnError: whatever any run would fail with at its start.
     """
-    network = backbone_of(options, classes)
     for variant in options.variants:
         if variant not in options.builds:
             plan(network, variant, start=options.start)
@@ -305,22 +332,16 @@ def check_networks(options: Options, classes: int) -> torch.nn.Module:
             # the weights would change nothing, and may have to be fetched
             base = backbone_of(options, classes) if BASELINE in options.builds else None
             build({**about, "variant": name}, base=base)
-    return network
 
 
 def _check_training(
-    tune: str | None,
-    audit_selection: bool,
-    gate_learning_rate: float | None,
-    folds: int | None,
-    train: functions.Train | None,
+    tune: str | None, folds: int | None, train: functions.Train | None, ours: Mapping[str, Any]
 ) -> None:
     """Raise `InvalidOption` for options of our training that there is no such, or that others exclude."""
     checks.choice("compare", "tune", tune, (None, *tuning.TUNE))
-    asked = {"tune": tune, "audit_selection": audit_selection, "gate_learning_rate": gate_learning_rate}
-    ours = [name for name, value in asked.items() if value]
-    if train is not None and ours:
-        raise InvalidOption(f"compare: {ours[0]} is for our training, which train takes the place of; leave out one.")
+    asked = [name for name, value in ours.items() if value not in (None, False)]
+    if train is not None and asked:
+        raise InvalidOption(f"compare: {asked[0]} is for our training, which train takes the place of; leave out one.")
     if tune is not None and folds is not None:
         raise InvalidOption(
             "compare: tune chooses a learning rate on images that are never tested, and with folds every image is "

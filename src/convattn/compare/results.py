@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 import convattn
-from convattn.compare import audit, changes, controls, identity, leaks, scores, stats, tuning, verdicts
+from convattn.compare import audit, changes, controls, diverging, identity, leaks, scores, stats, tuning, verdicts
 from convattn.compare import folder as folders
 from convattn.compare.options import Options
 from convattn.compare.rounds import Looks
-from convattn.compare.workers import RUNS
 from convattn.data import Images, Split, fold_of, overview
 from convattn.train import finished, functions, run_name
 from convattn.train.checkpoint import BASELINE
+from convattn.train.run import RUNS
 
 SCHEMA = 2
 CONFIDENCE = 0.95
@@ -70,6 +70,8 @@ def assemble(
     leak = leaks.leak(data["duplicates"], len(parts.test))
     headline = verdicts.headline([(v["name"], v["verdict"]) for v in variants], options.smallest_gain)
     headline += identity.headline(variants)
+    diverged = [line for name in options.names if (line := diverging.sentence(name, results, options))]
+    headline = " ".join([headline, *diverged])
     for variant in variants if leak else []:
         for place in (variant, variant["latency"]):
             place["sentence"] = f"Were all test images new: {place['sentence']}"
@@ -167,7 +169,13 @@ def _looks(looks: Looks, options: Options) -> dict[str, Any]:
         )
     elif number > 1:
         said += f" It was looked at with {', '.join(map(str, looks.seeds[:-1]))} before, which its intervals allow for."
-    return {"seeds": list(looks.seeds), "most_seeds": looks.most, "saved_runs": saved, "sentence": said}
+    return {
+        "seeds": list(looks.seeds),
+        "most_seeds": looks.most,
+        "ended": dict(looks.ended),
+        "saved_runs": saved,
+        "sentence": said,
+    }
 
 
 def _data(options: Options, images: Images, parts: Split, folder: Path) -> dict[str, Any]:
@@ -179,8 +187,9 @@ def _data(options: Options, images: Images, parts: Split, folder: Path) -> dict[
         "validation": len(parts.validation),
         "test": len(parts.test),
         "test_per_class": np.bincount(labels, minlength=len(images.classes)).tolist(),
-        "fingerprint": folders.plan(folder)["fingerprints"]["images"],
+        "fingerprint": folders.read_plan(folder)["fingerprints"]["images"],
         "left_out": [{"path": one.path, "reason": one.reason} for one in images.left_out],
+        "notes": images.findings.sentences(len(images.labels)),
         **leaks.counts(images, parts),
         "duplicates": leaks.search(images, options.folds, folder),
     }
@@ -228,9 +237,10 @@ def _common(
         "scores": scores,
         "mean_score": fmean(scores),
         "start_accuracy": starts[name],
+        "diverged": diverging.listed(runs),
         # a training function of the user's own tells none
         "curves": None
-        if any(not run["history"] for run in runs)
+        if any(not run["history"] and not run["diverged"] for run in runs)
         else [
             {
                 "loss": [line["loss"] for line in run["history"]],

@@ -1,18 +1,19 @@
 """Rounds of seeds: which looks were taken at a comparison, and whether another round may still decide anything.
 
-Every look at a comparison spends from one budget, see `looks`; so they are kept in its folder, in `looks.json`.
+Every look at a comparison spends from one budget, see `looks`; so they are kept in its folder, in `looks.json`, and
+once more in `results.json`.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from convattn import files
 from convattn.compare.looks import level_of_look
 from convattn.compare.stats import chance_to_decide
 from convattn.compare.verdicts import CANNOT_TELL, Verdict
 from convattn.errors import ComparisonError
-from convattn.train import write
+from convattn.reporting import RESULTS
 
 LOOKS = "looks.json"
 # a variant that will be decided in fewer than one of ten continuations is not worth the wait
@@ -34,11 +35,14 @@ class Looks:
 
 def looks(folder: Path, most: int | None) -> Looks:
     """The looks so far; where there is none yet, it is planned to end at `most` seeds."""
-    path = folder / LOOKS
-    if not path.exists():
+    content = files.read_intact(folder / LOOKS)
+    if content is None:
+        # where there are no results yet, no look was shown to anybody
+        shown = (files.read_intact(folder / RESULTS) or {}).get("looks")
+        content = shown and {"seeds": shown["seeds"], "most": shown["most_seeds"], "ended": shown["ended"]}
+    if content is None:
         return Looks((), most)
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return Looks(tuple(content["seeds"]), content["most"], content.get("ended", {}))
+    return Looks(tuple(content["seeds"]), content["most"], content["ended"])
 
 
 def record(folder: Path, before: Looks, seeds: int, ended: Mapping[str, int]) -> Looks:
@@ -46,7 +50,7 @@ def record(folder: Path, before: Looks, seeds: int, ended: Mapping[str, int]) ->
     taken = before.seeds if seeds in before.seeds else (*before.seeds, seeds)
     found = Looks(taken, before.most, dict(ended))
     if found != before:
-        write(folder / LOOKS, json.dumps(asdict(found)))
+        files.write_json(folder / LOOKS, asdict(found))
     return found
 
 

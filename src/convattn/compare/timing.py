@@ -1,6 +1,5 @@
 """What each variant costs, measured in turn with the baseline, with no run active."""
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -10,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from convattn import cost
+from convattn import cost, files
 from convattn.compare.options import Options
 from convattn.data import Images
-from convattn.train import Run, RunSpec, checkpoint, write
+from convattn.train import Run, RunSpec, checkpoint
 from convattn.train.recipe import LONGEST_GRADIENT
 
 COST = "cost.json"
@@ -30,9 +29,10 @@ def measure(options: Options, specs: list[RunSpec], images: Images, folder: Path
     and the number of threads that they were measured with.
     """
     path = folder / COST
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-    threads = specs[0].threads
+    known = files.read_intact(path)
+    if known is not None:
+        return known["networks"]  # type: ignore[no-any-return]
+    threads = torch.get_num_threads()
     torch.set_num_threads(threads)
     device = torch.device(options.device)
     runs = {spec.variant: Run(spec, images, folder) for spec in specs}
@@ -56,7 +56,7 @@ def measure(options: Options, specs: list[RunSpec], images: Images, folder: Path
                 latency |= _throughput(times[name], ratios[name], size)
     for name, run in runs.items():
         found[name]["peak_bytes"] = _peak_bytes(run, x, labels)
-    write(path, json.dumps(found, indent=1))
+    files.write_json(path, {"networks": found})
     return found
 
 

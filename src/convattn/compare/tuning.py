@@ -13,11 +13,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from convattn.compare.workers import RUNS
 from convattn.errors import RunFailed
 from convattn.train import RunSpec, finished, trial_name
 from convattn.train.checkpoint import BASELINE
 from convattn.train.controls import NOISE
+from convattn.train.run import RUNS
 
 TUNE = ("lr",)
 # a decade to both sides, evenly on a logarithmic scale, as Bengio (2012, arXiv:1206.5533) advises
@@ -31,13 +31,12 @@ def grid(rate: float) -> list[float]:
     return [rate if factor == 1 else float(f"{factor * rate:.4g}") for factor in FACTORS]
 
 
-def trials(firsts: Sequence[RunSpec], threads: int) -> list[RunSpec]:
+def trials(firsts: Sequence[RunSpec]) -> list[RunSpec]:
     """All runs of the tuning, from one run of each network."""
     return [
         replace(
             spec,
             seed=seed,
-            threads=threads,
             audit=False,
             trial=True,
             recipe=replace(spec.recipe, learning_rate=rate),

@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from convattn import checks
+from convattn import checks, files
 from convattn.data import Images
 from convattn.errors import ConvattnError, InvalidOption, RunFailed
-from convattn.train import Progress, RunSpec, execute, finished
-
-RUNS = "runs"
+from convattn.train import Progress, RunSpec, describe, execute, finished
+from convattn.train.run import ERROR, RUNS
 
 
 def run_all(
@@ -30,7 +29,12 @@ def run_all(
     Raises:
         RunFailed: a run broke; the others that were done stay done.
     """
-    waiting = [spec for spec in specs if finished(folder / RUNS / spec.name) is None]
+    waiting = []
+    for spec in specs:
+        if finished(folder / RUNS / spec.name) is None:
+            waiting.append(spec)
+        else:
+            describe(spec, folder / RUNS / spec.name)
     if jobs == 1 or len(waiting) == 1:
         for spec in waiting:
             _execute(spec, images, folder, watch)
@@ -42,13 +46,16 @@ def _execute(spec: RunSpec, images: Images, folder: Path, watch: Callable[[Progr
     own = folder / RUNS / spec.name
     try:
         execute(spec, images, own, watch)
-        (own / "error.txt").unlink(missing_ok=True)
     except ConvattnError:
         raise
-    except Exception as error:
-        (own / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+    except OSError as error:
+        raise files.explained(error, folder) from error
+    # a function of the user may end the process, which is no way to end a run
+    except (Exception, SystemExit) as error:
+        with contextlib.suppress(OSError):
+            files.write(own / ERROR, traceback.format_exc())
         raise RunFailed(
-            f"The run {spec.name} broke: {type(error).__name__}: {checks.reason(error)} ({own / 'error.txt'})."
+            f"The run {spec.name} broke: {type(error).__name__}: {checks.reason(error)} ({own / ERROR})."
         ) from error
 
 

@@ -1,8 +1,19 @@
 """Images in: found in folders, decoded once, split by seed, served in augmented batches."""
 
 from convattn.data.batches import Batches, batches, evaluation_batches
+from convattn.data.decoding import Scale
 from convattn.data.duplicates import Pair, find_duplicates
-from convattn.data.images import ARRAY, INDEX, Images, decode, read_image, stored_size
+from convattn.data.images import (
+    ARRAY,
+    INDEX,
+    Findings,
+    Images,
+    array_bytes,
+    decode,
+    default_size,
+    read_image,
+    stored_size,
+)
 from convattn.data.listing import Found, LeftOut, Listing
 from convattn.data.parts import Part, Parts
 from convattn.data.source import Source, open_source
@@ -12,6 +23,7 @@ __all__ = [
     "ARRAY",
     "INDEX",
     "Batches",
+    "Findings",
     "Found",
     "Images",
     "LeftOut",
@@ -19,11 +31,14 @@ __all__ = [
     "Pair",
     "Part",
     "Parts",
+    "Scale",
     "Source",
     "Split",
+    "array_bytes",
     "batches",
     "check_counts",
     "decode",
+    "default_size",
     "evaluation_batches",
     "find_duplicates",
     "fold_of",

@@ -34,7 +34,7 @@ class Source:
         digest = hashlib.blake2b(digest_size=16)
         if self.path is None:
             digest.update(_digits()[0].tobytes())
-        elif self._is_archive():
+        elif self.is_archive:
             _update(digest, self.path)
         elif table.is_table(self.path):
             _update(digest, self.path)
@@ -48,17 +48,20 @@ class Source:
                 _update(digest, file)
         return digest.hexdigest()
 
-    def listing(self, unpacked: Path, *, val_as_test: bool = False) -> Listing:
+    def listing(self, unpacked: Path, *, val_as_test: bool = False, folds: bool = False) -> Listing:
         """What the source holds; an archive is unpacked to the folder `unpacked` first.
 
         Args:
             unpacked: a folder that is not there yet.
             val_as_test: take the validation images as test images.
+            folds: every image is tested, so that given parts do not count.
 
         Raises:
             DataError: see `class_folders.scan`, `table.read`, `archive.unpack` and `validation_as_test`.
         """
         listing = self._read(unpacked)
+        if folds:
+            return listing
         if val_as_test:
             return validation_as_test(listing)
         return replace(listing, notes=(*listing.notes, *_note_on_validation(listing)))
@@ -68,14 +71,16 @@ class Source:
             return _digit_listing()
         if table.is_table(self.path):
             return table.read(self.path)
-        if not self._is_archive():
+        if not self.is_archive:
             return class_folders.scan(self.path)
         unpacked.mkdir(parents=True)
         left_out = archive.unpack(self.path, unpacked)
         listing = class_folders.scan(unpacked, self.path)
         return replace(listing, left_out=(*left_out, *listing.left_out))
 
-    def _is_archive(self) -> bool:
+    @property
+    def is_archive(self) -> bool:
+        """Whether it is unpacked before it is listed."""
         return self.path is not None and self.path.is_file() and not table.is_table(self.path)
 
 

@@ -6,14 +6,13 @@ It draws what others computed; the numbers that it shows are those of `results.j
 a CSV table and as Markdown.
 """
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from convattn import files
 from convattn.checks import reason
-from convattn.errors import ComparisonError
+from convattn.errors import ComparisonError, DamagedFile
 
 __all__ = ["redraw", "write"]
 
@@ -40,7 +39,7 @@ def write(results: Mapping[str, Any], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         # a path may hold bytes that are no text; they show as \udcff
-        _replace(folder / name, content.encode("utf-8", errors="backslashreplace"))
+        files.write(folder / name, content.encode("utf-8", errors="backslashreplace"))
     return folder / NAME
 
 
@@ -61,20 +60,7 @@ def redraw(folder: str | Path) -> Path:
             raise ComparisonError(f"{folder} is not done yet: give the command that began it once more.")
         raise ComparisonError(f"{folder} has no {RESULTS}: give the folder of a comparison.")
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(results, dict):
-            raise ValueError(f"it is a {type(results).__name__}, not an object")
-    except (ValueError, OSError) as error:
-        raise ComparisonError(
-            f"{path} cannot be read ({reason(error)}): give the command that made it once more."
-        ) from error
-    return write(results, folder)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        results = files.read_json(path, from_anywhere=True)
+    except (DamagedFile, OSError) as error:
+        raise ComparisonError(f"{reason(error)} Give the command that made it once more.") from error
+    return write(results or {}, folder)

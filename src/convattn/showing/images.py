@@ -7,16 +7,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from convattn.data import read_image
+from convattn.data import Scale, read_image
 
 
-def read(paths: Sequence[Path], size: int) -> NDArray[np.uint8]:
-    """Read images as (B, size, size, 3).
+def read(paths: Sequence[Path], size: int, scale: Scale | None = None) -> NDArray[np.uint8]:
+    """Read images as (B, size, size, 3); those with more than 8 bits a channel are scaled as the data were.
 
     Raises:
         DataError: no image at a path, or a file that cannot be decoded.
     """
-    return np.stack([read_image(path, size) for path in paths])
+    return np.stack([read_image(path, size, scale) for path in paths])
 
 
 def normalised(images: NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

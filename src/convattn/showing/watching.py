@@ -13,6 +13,7 @@ from torch import nn
 
 from convattn.attachment import BlendedHead, attached, effects
 from convattn.checks import suggestion
+from convattn.data import Scale
 from convattn.errors import AttachError, DataError, InvalidOption, UnknownName
 from convattn.showing import images
 from convattn.train import checkpoint as checkpoints
@@ -57,7 +58,8 @@ def watch(checkpoint: Path, paths: Sequence[Path], layer: str | None, **own: Any
         raise DataError("No images: give at least one.")
     network, about = checkpoints.load(checkpoint, **own)
     _check(network, checkpoint, layer)
-    pixels = images.read(paths, about["image_size"])
+    scale = about.get("scale")
+    pixels = images.read(paths, about["image_size"], None if scale is None else Scale(**scale))
     x = images.normalised(pixels, about["mean"], about["std"])
     with torch.no_grad():
         logits, inputs, outputs = _run(network, x, layer)

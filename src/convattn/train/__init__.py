@@ -5,13 +5,14 @@ from convattn.train.run import (
     Progress,
     Run,
     RunSpec,
+    describe,
     evaluation_shape,
     execute,
     finished,
+    repair,
     run_name,
     start_accuracy,
     trial_name,
-    write,
 )
 
 __all__ = [
@@ -19,11 +20,12 @@ __all__ = [
     "Recipe",
     "Run",
     "RunSpec",
+    "describe",
     "evaluation_shape",
     "execute",
     "finished",
+    "repair",
     "run_name",
     "start_accuracy",
     "trial_name",
-    "write",
 ]

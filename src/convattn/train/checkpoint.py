@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from convattn import checks, networks, own_code, registry
+from convattn import checks, files, networks, own_code, registry
 from convattn.attachment import attach
 from convattn.attachment.plans import own_entry
 from convattn.errors import WeightsError
@@ -20,6 +20,8 @@ from convattn.train import controls
 BASELINE = "baseline"
 # sizes of images, and means and deviations of their pixels, are below this
 LARGEST = 1 << 16
+# and the values of pixels
+LARGEST_VALUE = 1 << 32
 KEYS = ("backbone", "variant", "start", "classes", "image_size", "mean", "std")
 
 
@@ -46,11 +48,10 @@ def save(path: Path, network: nn.Module, about: dict[str, Any]) -> None:
     """Write a network to a safetensors file, with `about` in its metadata.
 
     `about` has the keys `backbone`, `variant` (`"baseline"`, a name for `attach`, or a control), `start`, `classes` (a
-    list of their names), `image_size`, `mean` and `std`.
+    list of their names), `image_size`, `mean` and `std`; and `scale` (`low` and `high`) where its data have images with
+    more than 8 bits a channel.
     """
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(serialized(network, metadata={"convattn": json.dumps(about)}))
-    partial.replace(path)
+    files.write(path, serialized(network, metadata={"convattn": json.dumps(about)}))
 
 
 def serialized(network: nn.Module, *, metadata: dict[str, str] | None = None) -> bytes:
@@ -133,7 +134,17 @@ def _is_about(about: Any) -> bool:
         and all(number > 0 for number in std)
         and type(about["image_size"]) is int
         and 0 < about["image_size"] < LARGEST
+        and _is_scale(about.get("scale"))
     )
+
+
+def _is_scale(scale: Any) -> bool:
+    if scale is None:
+        return True
+    if not isinstance(scale, dict) or scale.keys() != {"low", "high"}:
+        return False
+    low, high = scale["low"], scale["high"]
+    return type(low) is type(high) is int and -LARGEST_VALUE < low < high < LARGEST_VALUE
 
 
 def _refuse_unknown(modules: list[str], about: dict[str, Any], path: Path) -> None:

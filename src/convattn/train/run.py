@@ -2,14 +2,19 @@
 
 plan.json            what the run is
 log.jsonl            a line for every epoch
-checkpoint.pt        where it stands; gone when it is done
-best.pt              the weights of the best epoch so far; gone when it is done
+checkpoint.pt        where it stands, with the weights of the best epoch so far; gone when it is done
+previous.pt          the checkpoint before that one, for where that one is damaged; gone when it is done
 weights.safetensors  the chosen network, for `convattn show`
 predictions.npz      class probabilities of validation and test images, by path
-result.json          scores; written last
+result.json          scores, and the digests of the two files before; written last
+
+A training that diverges is no error: its run ends there, and is scored by its best epoch before, or by chance.
 """
 
+import hashlib
+import io
 import json
+import math
 import re
 import time
 from collections.abc import Callable
@@ -22,14 +27,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from convattn import registry
+from convattn import files, registry
 from convattn.data import Batches, Images, Parts, batches, evaluation_batches, split
-from convattn.errors import RunFailed
+from convattn.errors import DamagedFile
 from convattn.train import checkpoint, functions
 from convattn.train.gates import departures
 from convattn.train.recipe import LONGEST_GRADIENT, Recipe
 
-RESULT, CHECKPOINT, BEST = "result.json", "checkpoint.pt", "best.pt"
+# where the folders of the runs are in that of a comparison
+RUNS = "runs"
+PLAN, LOG, RESULT = "plan.json", "log.jsonl", "result.json"
+CHECKPOINT, PREVIOUS = "checkpoint.pt", "previous.pt"
+WEIGHTS, PREDICTIONS = "weights.safetensors", "predictions.npz"
+# bytes of the name of a variant in that of a folder, which file systems let have about 255, and letters of a longer one
+LONGEST_NAME, SHORTENED = 150, 32
+# why a run broke, until it goes on
+ERROR = "error.txt"
+# how much more probable the class is that a guess takes: enough to be the highest in single precision
+CHANCE_MARGIN = 1e-3
 SECONDS_BETWEEN_CHECKPOINTS = 60
 
 
@@ -85,6 +100,8 @@ def run_name(variant: str, seed: int, fold: int | None = None) -> str:
     """The name of the folder of a run."""
     # no colon: Windows takes none in a file's name; and no path, in which a module of one's own may be
     plain = re.sub(r"[:/\\]", "-", variant)
+    if len(plain.encode()) > LONGEST_NAME:
+        plain = f"{plain[:SHORTENED]}-{hashlib.blake2b(plain.encode(), digest_size=8).hexdigest()}"
     return f"{plain}-seed{seed}" + ("" if fold is None else f"-fold{fold}")
 
 
@@ -104,10 +121,15 @@ class Progress:
     seconds_left: float
     loss: float | None = None
     validation_accuracy: float | None = None
+    diverged: bool = False
 
 
-class _Diverged(RunFailed):
-    """A training loss that is no number any more."""
+class _Diverged(Exception):
+    """A training that gives no numbers any more: the epoch, and what came instead."""
+
+    def __init__(self, epoch: int, what: str) -> None:
+        super().__init__(what)
+        self.epoch, self.what = epoch, what
 
 
 class Run:
@@ -126,6 +148,8 @@ class Run:
         }
         if spec.own:
             self.about["own"] = spec.labels
+        if images.findings.scale is not None:
+            self.about["scale"] = asdict(images.findings.scale)
         # the backbone is built first, so that all variants of a seed share its initial weights
         torch.manual_seed(spec.seed)
         base = None if spec.build is None else spec.build(spec.seed)
@@ -146,6 +170,8 @@ class Run:
         self.step = 0
         self.loss_sum = 0.0
         self.history: list[dict[str, float]] = []
+        # the weights of the best epoch so far
+        self.best: dict[str, torch.Tensor] | None = None
 
     def probabilities(self, indices: np.ndarray) -> np.ndarray:
         """The class probabilities of images (N, classes), in eval mode."""
@@ -185,18 +211,18 @@ class Run:
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.network.parameters(), LONGEST_GRADIENT)
         self.optimizer.step()
+        if not math.isfinite(loss.item()):
+            raise _Diverged(self.step // len(self.batches) + 1, f"the training loss is {loss.item()}")
         self.step += 1
         self.loss_sum += loss.item()
 
     def _end_epoch(self, epoch: int) -> None:
         labels = self.images.labels[self.split.validation]
         guesses = self.probabilities(self.split.validation)
+        if not np.isfinite(guesses).all():
+            raise _Diverged(epoch + 1, "the outputs of the network are no numbers")
         likelihood = np.maximum(guesses[np.arange(len(labels)), labels], 1e-12)
         loss = self.loss_sum / len(self.batches)
-        if not np.isfinite(loss):
-            raise _Diverged(
-                f"{self.spec.name}: the training loss is {loss} in epoch {epoch + 1}; lower --learning-rate."
-            )
         self.history.append(
             {
                 "epoch": epoch + 1,
@@ -210,59 +236,98 @@ class Run:
             self.history[-1]["test_accuracy"] = accuracy(self.probabilities(tested), self.images.labels[tested])
         self.loss_sum = 0.0
         if best_epoch(self.history) == epoch + 1:
-            _save(self.folder / BEST, self.network.state_dict())
+            self.best = {key: value.detach().clone() for key, value in self.network.state_dict().items()}
         self.save()
         # the log says what the checkpoint holds, so that a killed run does not repeat itself there
-        lines = "".join(json.dumps(line) + "\n" for line in self.history)
-        write(self.folder / "log.jsonl", lines)
+        files.write(self.folder / LOG, log_lines(self.history))
 
     def save(self) -> None:
-        """Write where the run stands."""
+        """Write where the run stands; what was written before is kept as the previous checkpoint."""
         state = {
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "best": self.best,
             "step": self.step,
             "loss_sum": self.loss_sum,
             "history": self.history,
         }
-        _save(self.folder / CHECKPOINT, state)
+        content = io.BytesIO()
+        torch.save(state, content)
+        if (self.folder / CHECKPOINT).exists():
+            (self.folder / CHECKPOINT).replace(self.folder / PREVIOUS)
+        files.write_sealed(self.folder / CHECKPOINT, content.getvalue())
 
     def restore(self) -> None:
-        """Go back to where the run stood, if it did."""
-        if (self.folder / CHECKPOINT).exists():
-            state = torch.load(self.folder / CHECKPOINT, map_location=self.device, weights_only=True)
-            self.network.load_state_dict(state["network"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.loss_sum, self.history = state["step"], state["loss_sum"], state["history"]
+        """Go back to where the run stood, if it did: to the checkpoint, or where that is damaged to the previous one.
+
+        What is done since is done again, and gives the same.
+        """
+        for name in (CHECKPOINT, PREVIOUS):
+            try:
+                content = files.read_sealed(self.folder / name)
+            except DamagedFile:
+                continue
+            if content is not None:
+                state = torch.load(io.BytesIO(content), map_location=self.device, weights_only=True)
+                self.network.load_state_dict(state["network"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.step, self.loss_sum, self.history = state["step"], state["loss_sum"], state["history"]
+                self.best = state["best"]
+                return
 
     def train_by_function(self, function: functions.Train, watch: Callable[[Progress], None]) -> dict[str, Any]:
         """Train by a function of the user, and write down what came out."""
         torch.manual_seed(self.spec.seed)
         test = functions.trained(function, self.network, Parts.of(self.batches, self.split), self.spec.seed)
-        result = self._conclude(test, None)
+        result = self._conclude(test, None, None)
         watch(Progress(self.spec.name, epoch=1, epochs=1, done=1.0, seconds_left=0.0))
         return result
 
-    def finish(self) -> dict[str, Any]:
-        """Score the epoch that validation chose, and write everything down."""
-        self.network.load_state_dict(torch.load(self.folder / BEST, map_location=self.device, weights_only=True))
-        return self._conclude(self.probabilities(self.split.test), self.probabilities(self.split.validation))
+    def complete(self, watch: Callable[[Progress], None]) -> dict[str, Any]:
+        """Train to the end, score the epoch that validation chose, and write everything down."""
+        diverged = None
+        try:
+            self.train(watch)
+        except _Diverged as error:
+            diverged = self._diverged(error, watch)
+        if self.best is None:
+            # nothing was learned: what is kept is the network as it began
+            self.network = Run(self.spec, self.images, self.folder).network
+            test, validation = self._chance(self.split.test), self._chance(self.split.validation)
+        else:
+            self.network.load_state_dict(self.best)
+            test, validation = self.probabilities(self.split.test), self.probabilities(self.split.validation)
+        return self._conclude(test, validation, diverged)
 
     def try_out(self, watch: Callable[[Progress], None]) -> dict[str, Any]:
         """Train, and write down what validation says of the learning rate; None where it made the training diverge."""
         result = {"variant": self.spec.variant, "seed": self.spec.seed, "threads": torch.get_num_threads()}
+        best: dict[str, float] = {}
         try:
             self.train(watch)
             best = self.history[best_epoch(self.history) - 1]
-        except _Diverged:
-            best = {}
-            watch(Progress(self.spec.name, len(self.history) + 1, self.spec.recipe.epochs, done=1.0, seconds_left=0.0))
+        except _Diverged as error:
+            result["diverged"] = self._diverged(error, watch)
         result |= {key: best.get(key) for key in ("validation_accuracy", "validation_loss")}
         return self._leave(result | {"history": self.history})
 
-    def _conclude(self, test: np.ndarray, validation: np.ndarray | None) -> dict[str, Any]:
+    def _diverged(self, error: _Diverged, watch: Callable[[Progress], None]) -> dict[str, Any]:
+        watch(Progress(self.spec.name, error.epoch, self.spec.recipe.epochs, done=1.0, seconds_left=0.0, diverged=True))
+        return {"epoch": error.epoch, "reason": error.what}
+
+    def _chance(self, indices: np.ndarray) -> np.ndarray:
+        """The class probabilities (N, classes) of a network that guesses: of a random class the highest."""
+        classes = len(self.images.classes)
+        guesses = np.random.default_rng([self.spec.seed, len(indices)]).integers(0, classes, len(indices))
+        found = np.full((len(indices), classes), (1 - CHANCE_MARGIN) / classes, dtype=np.float32)
+        found[np.arange(len(indices)), guesses] += CHANCE_MARGIN
+        return found
+
+    def _conclude(
+        self, test: np.ndarray, validation: np.ndarray | None, diverged: dict[str, Any] | None
+    ) -> dict[str, Any]:
         self._write_predictions(test, validation)
-        checkpoint.save(self.folder / "weights.safetensors", self.network, self.about)
+        checkpoint.save(self.folder / WEIGHTS, self.network, self.about)
         labels = self.images.labels
         result = {
             "variant": self.spec.variant,
@@ -271,6 +336,8 @@ class Run:
             "validation_accuracy": None if validation is None else accuracy(validation, labels[self.split.validation]),
             "chosen_epoch": best_epoch(self.history) if self.history else None,
             "history": self.history,
+            "diverged": diverged,
+            "files": {name: files.digest(self.folder / name) for name in (WEIGHTS, PREDICTIONS)},
             "gates": departures(self.network, next(evaluation_batches(self.batches, self.split.validation))),
             "threads": torch.get_num_threads(),
         }
@@ -278,17 +345,17 @@ class Run:
 
     def _leave(self, result: dict[str, Any]) -> dict[str, Any]:
         """Write the result, which makes the run a finished one, and remove what only an unfinished one needs."""
-        write(self.folder / RESULT, json.dumps(result, indent=1))
-        for name in (CHECKPOINT, BEST):
-            (self.folder / name).unlink(missing_ok=True)
-        return result
+        files.write_json(self.folder / RESULT, result)
+        _clean_up(self.folder)
+        # as it comes back from the file
+        return finished(self.folder) or {}
 
     def _write_predictions(self, test: np.ndarray, validation: np.ndarray | None) -> None:
         paths = np.array(self.images.paths)
         chosen: dict[str, Any] = {} if validation is None else {"validation_probabilities": validation}
-        partial = self.folder / "predictions.partial.npz"
+        content = io.BytesIO()
         np.savez_compressed(
-            partial,
+            content,
             validation_paths=paths[self.split.validation],
             validation_labels=self.images.labels[self.split.validation],
             **chosen,
@@ -297,7 +364,7 @@ class Run:
             test_probabilities=test,
             classes=np.array(self.images.classes),
         )
-        partial.replace(self.folder / "predictions.npz")
+        files.write(self.folder / PREDICTIONS, content.getvalue())
 
     def _tell(self, watch: Callable[[Progress], None], started: float, begun: int) -> None:
         steps = self.spec.recipe.epochs * len(self.batches)
@@ -323,21 +390,86 @@ def execute(spec: RunSpec, images: Images, folder: Path, watch: Callable[[Progre
         return result
     torch.set_num_threads(spec.threads)
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "plan.json", json.dumps(spec.plan(), indent=1))
+    describe(spec, folder)
     run = Run(spec, images, folder)
     if spec.train is not None:
         return run.train_by_function(spec.train, watch)
     run.restore()
-    if spec.trial:
-        return run.try_out(watch)
-    run.train(watch)
-    return run.finish()
+    return run.try_out(watch) if spec.trial else run.complete(watch)
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
-    """The result of a run that is done, else None."""
-    path = folder / RESULT
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """The result of a run that is done, else None.
+
+    Raises:
+        DamagedFile: the result is not what was written; see `repair`.
+    """
+    return files.read_json(folder / RESULT)
+
+
+def describe(spec: RunSpec, folder: Path) -> None:
+    """Write down what a run is, where that is missing or damaged."""
+    if files.read_intact(folder / PLAN) is None:
+        files.write_json(folder / PLAN, spec.plan())
+
+
+def repair(folder: Path) -> list[str]:
+    """Remove what is damaged in the folder of a run, so that it is made again, and what a killed process left.
+
+    A result that is damaged, or that lacks its predictions, is a run to train anew; weights may have been removed to
+    make room. What follows from the result is written again where it is something else.
+
+    Returns:
+        A sentence about each damaged file.
+    """
+    if not folder.is_dir():
+        return []
+    files.remove_partial(folder)
+    try:
+        result = finished(folder)
+        for name, digest in (result or {}).get("files", {}).items():
+            path = folder / name
+            if not path.exists() and name == PREDICTIONS:
+                raise DamagedFile(f"{path} is missing.")
+            if path.exists() and files.digest(path) != digest:
+                raise DamagedFile(f"{path} is damaged (its checksum is wrong).")
+    except DamagedFile as error:
+        for name in (RESULT, WEIGHTS, PREDICTIONS, LOG):
+            (folder / name).unlink(missing_ok=True)
+        return [f"{error} The run is trained again."]
+    if result is None:
+        return [line for name in (CHECKPOINT, PREVIOUS) for line in _check_sealed(folder / name)]
+    _clean_up(folder)
+    if result["history"] and _text(folder / LOG) != log_lines(result["history"]):
+        files.write(folder / LOG, log_lines(result["history"]))
+    return []
+
+
+def log_lines(history: list[dict[str, float]]) -> str:
+    """The log of a run: an object in JSON on a line for each epoch."""
+    return "".join(json.dumps(line) + "\n" for line in history)
+
+
+def _check_sealed(path: Path) -> list[str]:
+    try:
+        files.read_sealed(path)
+    except DamagedFile as error:
+        path.unlink()
+        return [f"{error} The run goes on from the checkpoint before it."]
+    return []
+
+
+def _clean_up(folder: Path) -> None:
+    """Remove what only an unfinished run needs."""
+    for name in (CHECKPOINT, PREVIOUS, ERROR):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 def start_accuracy(spec: RunSpec, images: Images) -> float:
@@ -362,16 +494,3 @@ def accuracy(probabilities: np.ndarray, labels: np.ndarray) -> float:
 def best_epoch(history: list[dict[str, float]]) -> int:
     """The epoch of the highest validation accuracy; of several, that of the lowest validation loss."""
     return int(max(history, key=lambda line: (line["validation_accuracy"], -line["validation_loss"]))["epoch"])
-
-
-def write(path: Path, text: str) -> None:
-    """Replace a text file in one step."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def _save(path: Path, state: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    torch.save(state, partial)
-    partial.replace(path)
