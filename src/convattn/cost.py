@@ -17,6 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+# of the quartiles of a ratio; beside one other process on two cores they are within 1.09, on a busy machine beyond 2
+UNCLEAR = 1.25
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -31,6 +34,11 @@ class Spread:
         """The spread of at least two values."""
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, low, high)
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the middle half of the measurements agree, as they do on a machine that does nothing else."""
+        return self.high <= UNCLEAR * self.low
 
     def rate(self, amount: float) -> "Spread":
         """So much in each of these: what took longest is the lowest rate."""

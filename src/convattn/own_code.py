@@ -4,10 +4,13 @@ What the user types is run. What another file says, such as the metadata of weig
 the same code too: `check` says so before anything is loaded.
 """
 
+import contextlib
 import importlib.util
+import io
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ from convattn import checks
 from convattn.errors import InvalidOption, UnknownName, UntrustedCode
 
 Trust = str | Sequence[str]
+# code that builds a network and takes longer may hang, or fetch weights
+LONG_SECONDS = 30.0
 
 
 def is_named(name: object) -> bool:
@@ -39,13 +44,54 @@ def load(name: str) -> Any:
     # dataclasses and pickles look their module up
     sys.modules[spec.name] = module
     try:
-        spec.loader.exec_module(module)
+        with running(str(path)):
+            spec.loader.exec_module(module)
     except Exception as error:
         raise UnknownName(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(getattr(module, attribute, None)):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise UnknownName(f"{path} has no function {attribute!r}. {checks.suggestion(attribute, known)}")
     return getattr(module, attribute)
+
+
+@contextlib.contextmanager
+def running(name: str) -> Iterator[None]:
+    """Run code of the user: what it prints goes to the standard error with its name, and a long run is told of.
+
+    Raises:
+        EndedProgram: it called `sys.exit`.
+    """
+    timer = threading.Timer(LONG_SECONDS, _tell_long, [name])
+    timer.daemon = True
+    timer.start()
+    try:
+        with contextlib.redirect_stdout(_Prefixed(name)):
+            yield
+    except SystemExit as error:
+        raise EndedProgram(f"it ended the program, as by sys.exit({error.code!r})") from error
+    finally:
+        timer.cancel()
+
+
+class EndedProgram(RuntimeError):
+    """Code of the user that ended the program in place of returning."""
+
+
+class _Prefixed(io.TextIOBase):
+    """Writes lines to the standard error, each with the name of the code that wrote it."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._begun = name, ""
+
+    def write(self, text: str) -> int:
+        *lines, self._begun = (self._begun + text).split("\n")
+        for line in lines:
+            sys.stderr.write(f"{self._name}: {line}\n")
+        return len(text)
+
+
+def _tell_long(name: str) -> None:
+    sys.stderr.write(f"convattn: {name} has been running for {LONG_SECONDS:.0f} seconds and has not returned yet.\n")
 
 
 def check(names: Iterable[object], where: Path | str, trust: Trust) -> None:

@@ -57,6 +57,7 @@ REPORT_EXAMPLES = """\b
 Examples:
   convattn report convattn-photos-1a2b3c4d
   convattn report judged
+  convattn report convattn-photos-1a2b3c4d --measure
 """
 
 DOCTOR_EXAMPLES = """\b
@@ -279,9 +280,17 @@ def verdict(
 @app.command(epilog=REPORT_EXAMPLES)
 def report(
     folder: Annotated[Path, typer.Argument(help="A folder that 'compare' or 'verdict --out' wrote.")],
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Measure the times of the networks once more before, on this machine."),
+    ] = False,
     trust: Annotated[
         list[str] | None,
-        typer.Option(help="As for show; a report runs no code of any file.", metavar="FILE.py:NAME", hidden=True),
+        typer.Option(
+            help="Code that may be run with --measure if the folder names it; may be given several times.",
+            metavar="FILE.py:NAME",
+            show_default="none",
+        ),
     ] = None,
 ) -> None:
     """Draw the report of a comparison anew, from its results.json, without training, data or code of the user.
@@ -290,7 +299,13 @@ def report(
     """
     from convattn import reporting
 
-    sys.stdout.write(f"The report: {reporting.redraw(folder)}\n")
+    if measure:
+        from convattn.compare.continuing import measure_again
+
+        path = measure_again(folder, trust=tuple(trust or ()))
+    else:
+        path = reporting.redraw(folder)
+    sys.stdout.write(f"The report: {path}\n")
 
 
 @app.command(epilog=DOCTOR_EXAMPLES)

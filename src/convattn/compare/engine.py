@@ -14,7 +14,7 @@ Every file is known to be what was written: what is damaged is computed again, b
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,9 @@ import torch
 from convattn import checks, files, own_code, registry, reporting
 from convattn.compare import changes, leaks, limits, rounds, stats, timing, tuning
 from convattn.compare import folder as folders
-from convattn.compare.controls import seed_of
+from convattn.compare.continuing import continued, refuse_other_options
 from convattn.compare.display import Display
 from convattn.compare.options import (
-    OF_OUR_TRAINING,
     PREFIX,
     Options,
     Variants,
@@ -37,6 +36,7 @@ from convattn.compare.options import (
     parse,
 )
 from convattn.compare.results import assemble, judged, rights, runs_of, tested_groups
+from convattn.compare.specs import built, specs
 from convattn.compare.verdicts import signed
 from convattn.compare.workers import run_all
 from convattn.data import (
@@ -51,9 +51,9 @@ from convattn.data import (
     overview,
     split,
 )
-from convattn.errors import ComparisonError, DamagedFile, DataError, InvalidOption
+from convattn.errors import ComparisonError, DamagedFile, DataError, InvalidOption, RunFailed
 from convattn.tables import aligned
-from convattn.train import RunSpec, checkpoint, evaluation_shape, finished, functions, repair, start_accuracy
+from convattn.train import RunSpec, evaluation_shape, finished, functions, repair, start_accuracy
 from convattn.train.checkpoint import BASELINE
 from convattn.train.controls import NOISE
 from convattn.train.run import RUNS
@@ -61,8 +61,6 @@ from convattn.train.run import RUNS
 START, RESULTS = "start.json", reporting.RESULTS
 # files left out that are named before the start
 MOST_NAMED = 20
-# options that no folder keeps
-FUNCTIONS = ("backbone", "variants", "train")
 
 
 def run(
@@ -192,8 +190,8 @@ def run(
     folder = None if out is None else Path(out)
     if add_seeds is not None:
         folder = Path(data)
-        _refuse_with_add_seeds(folder, {**options, "out": out})
-        data, options, smallest_gain = _continued(folder, add_seeds, options, trust, smallest_gain)
+        refuse_other_options(folder, {**options, "out": out})
+        data, options, smallest_gain = continued(folder, add_seeds, options, trust, smallest_gain)
     elif trust:
         raise InvalidOption("compare: trust is for code that the folder of add_seeds names; what you give here is run.")
     parsed = parse(data, **options, jobs=jobs, smallest_gain=smallest_gain)
@@ -213,6 +211,10 @@ def _run(options: Options, folder: Path | None, display: Display, *, wait: bool)
         with folders.locked(folder, wait=wait, say=display.warn):
             options, images = _prepared(options, source, folder, display)
             return _carried_out(options, images, folder, display)
+    except SystemExit as error:
+        raise RunFailed(
+            f"compare: code of a network ended the program, as by sys.exit({error.code!r}); what is done is kept."
+        ) from error
     finally:
         torch.set_num_threads(threads)
 
@@ -227,74 +229,6 @@ def _check_outside(folder: Path, source: Source) -> None:
             f"{folder} lies inside of the data {source.path}, and its files would be taken for images: give an --out "
             f"outside of them, or none. Nothing was changed."
         )
-
-
-def _refuse_with_add_seeds(folder: Path, options: Mapping[str, Any]) -> None:
-    """Refuse options that a comparison which goes on cannot follow, as they were set when it began."""
-    for name, value in options.items():
-        # functions are given again where there are any
-        if name not in FUNCTIONS and value not in (None, False):
-            _refuse_with_add_seeds_names(folder, [name])
-
-
-def _refuse_with_add_seeds_names(folder: Path, names: Sequence[str]) -> None:
-    if names:
-        raise InvalidOption(
-            f"compare: {names[0]} cannot be given with add_seeds: {folder} goes on as it was begun. Leave it out, or "
-            f"begin another comparison."
-        )
-
-
-def _continued(
-    folder: Path, more: int, given: Mapping[str, Any], trust: own_code.Trust, smallest_gain: float | None
-) -> tuple[str, dict[str, Any], float]:
-    """The data, the options and the smallest gain of a folder's comparison with more seeds, its functions as given."""
-    checks.positive("compare", "add_seeds", more)
-    plan = folders.read_plan(folder)
-    options = {**plan["options"], "threads": plan["threads"]}
-    functions_now = _functions(
-        folder, options.pop("builds", {}), options.pop("train", None), options.pop("own", {}), given
-    )
-    named = [] if "backbone" in functions_now else [options["backbone"]]
-    if "variants" not in functions_now:
-        named += [name for variant in options["variants"] for name in variant.split("+")]
-    own_code.check(named, folder / folders.PLAN, trust)
-    if "train" in functions_now:
-        # they could not be given with a training function
-        options = {name: value for name, value in options.items() if name not in OF_OUR_TRAINING}
-    taken = rounds.looks(folder, None)
-    if not taken.seeds:
-        raise ComparisonError(f"{folder} is not done yet: give the command that began it once more.")
-    if smallest_gain is None:
-        results = files.read_intact(folder / RESULTS)
-        if results is None:
-            raise ComparisonError(
-                f"{folder / RESULTS} is missing or damaged: give the command that began the comparison once more, or "
-                f"--smallest-gain."
-            )
-        smallest_gain = results["setting"]["smallest_gain_points"]
-    return options.pop("data"), {**options, **functions_now, "seeds": taken.seeds[-1] + more}, smallest_gain
-
-
-def _functions(
-    folder: Path, builds: Mapping[str, str], train: str | None, own: Mapping[str, str], given: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The functions and classes that a comparison was begun with, as they are given again.
-
-    That they are the same is checked with all other options.
-    """
-    variants = bool(set(builds) - {BASELINE}) or not all(map(registry.is_known, own))
-    needed = {"backbone": BASELINE in builds, "variants": variants, "train": train is not None}
-    _refuse_with_add_seeds_names(folder, [name for name in FUNCTIONS if given[name] is not None and not needed[name]])
-    functions_now = {name: given[name] for name in FUNCTIONS if needed[name]}
-    for name, value in functions_now.items():
-        listed = isinstance(value, Sequence) and not isinstance(value, str) and any(map(callable, value))
-        if not callable(value) and not (name == "variants" and (listed or isinstance(value, Mapping))):
-            raise ComparisonError(
-                f"{folder} was begun from Python with functions of its own, or classes: call convattn.compare.run "
-                f"there with add_seeds and the same {', '.join(functions_now)}."
-            )
-    return functions_now
 
 
 def _prepared(options: Options, source: Source, folder: Path, display: Display) -> tuple[Options, Images]:
@@ -382,7 +316,7 @@ def _decoded(options: Options, source: Source, listing: Listing | None, folder: 
     _check_forward(network, images, options.backbone)
     for name, build in options.builds.items():
         if name != BASELINE:
-            _check_forward(_built(build, network)(0), images, name)
+            _check_forward(built(build, network)(0), images, name)
     return images
 
 
@@ -421,7 +355,7 @@ def _carried_out(options: Options, images: Images, folder: Path, display: Displa
         options = replace(
             options, jobs=limits.default_jobs(options, limits.memory_of_run(options, images.size, network))
         )
-    firsts = _specs(replace(options, seeds=1), like)[: len(options.names)]
+    firsts = specs(replace(options, seeds=1), like)[: len(options.names)]
     parts = overview(images, options.folds)
     tests = len(parts.test)
     display.say(
@@ -459,11 +393,11 @@ def _carried_out(options: Options, images: Images, folder: Path, display: Displa
 
 def _tuned(options: Options, firsts: Sequence[RunSpec], images: Images, folder: Path, display: Display) -> Options:
     """The options with the learning rate that each network chose."""
-    specs = tuning.trials(firsts)
-    display.say(f"Choosing a learning rate for each network on validation images, in {len(specs)} trainings:")
-    already = sum(finished(folder / RUNS / spec.name) is not None for spec in specs)
-    with display.watch(len(specs), already):
-        run_all(specs, images, folder, options.jobs or 1, display.update)
+    trials = tuning.trials(firsts)
+    display.say(f"Choosing a learning rate for each network on validation images, in {len(trials)} trainings:")
+    already = sum(finished(folder / RUNS / spec.name) is not None for spec in trials)
+    with display.watch(len(trials), already):
+        run_all(trials, images, folder, options.jobs or 1, display.update)
     found = tuning.chosen(options.names, options.learning_rate, folder)
     display.say(found["sentence"])
     for line in found["warnings"]:
@@ -484,10 +418,10 @@ def _rounds(
     seeds = max(options.seeds, *taken.seeds, 1) if options.until else options.seeds
     while True:
         now = replace(options, seeds=seeds, ended=ended)
-        specs = _specs(now, like)
-        already = sum(finished(folder / RUNS / spec.name) is not None for spec in specs)
-        with display.watch(len(specs), already):
-            run_all(specs, images, folder, options.jobs or 1, display.update)
+        planned = specs(now, like)
+        already = sum(finished(folder / RUNS / spec.name) is not None for spec in planned)
+        with display.watch(len(planned), already):
+            run_all(planned, images, folder, options.jobs or 1, display.update)
         taken = rounds.record(folder, taken, seeds, ended)
         if options.max_seeds is None:
             return taken
@@ -515,63 +449,21 @@ def _tell_what_is_wrong(images: Images, folds: int | None, folder: Path, display
         display.warn(line)
 
 
-def _start_accuracies(specs: Sequence[RunSpec], images: Images, folder: Path, display: Display) -> dict[str, float]:
+def _start_accuracies(firsts: Sequence[RunSpec], images: Images, folder: Path, display: Display) -> dict[str, float]:
     """The test accuracy of every variant before training, for the first seed, printed as they come."""
     path = folder / START
     known: dict[str, float] = (files.read_intact(path) or {}).get("accuracies", {})
-    fold, folds = specs[0].fold, specs[0].folds
+    fold, folds = firsts[0].fold, firsts[0].folds
     tests = len(split(images, 0, fold=fold, folds=folds).test)
     which = "" if fold is None else " of the first fold"
     display.say(f"Accuracy on the {tests:,} test images{which} before any training:")
-    for spec in specs:
+    for spec in firsts:
         if spec.variant not in known:
             torch.set_num_threads(spec.threads)
             known[spec.variant] = start_accuracy(spec, images)
             files.write_json(path, {"accuracies": known})
         display.say(f"  {spec.variant:<20} {known[spec.variant]:6.2f} %")
     return known
-
-
-def _specs(options: Options, like: torch.nn.Module | None) -> list[RunSpec]:
-    """All runs; networks that functions build are taken to want images `like` the backbone does."""
-    return [
-        _spec(options, name, seed, fold=fold, like=like)
-        for seed, fold in options.parts
-        for name in options.names
-        if seed < options.seeds_of(name)
-    ]
-
-
-def _built(build: functions.Build, like: Any) -> functions.Built:
-    return functions.Built(build, like.input_mean, like.input_std, like.input_size)
-
-
-def _spec(options: Options, variant: str, seed: int, *, fold: int | None, like: torch.nn.Module | None) -> RunSpec:
-    build = options.builds.get(variant, options.builds.get(BASELINE))
-    return RunSpec(
-        variant=variant,
-        seed=seed_of(variant, seed),
-        backbone=options.backbone,
-        weights=options.weights,
-        start=options.start,
-        recipe=options.recipe(variant),
-        flip=options.flip,
-        device=options.device,
-        threads=options.threads or 1,
-        build=None if build is None else _built(build, like),
-        whole=variant in options.builds or variant == NOISE,
-        train=options.train,
-        fold=fold,
-        folds=options.folds,
-        audit=options.audit_selection,
-        own=_sent(options, variant),
-    )
-
-
-def _sent(options: Options, variant: str) -> tuple[registry.Entry, ...]:
-    """The user's own modules of a network, but for those of a file, which every process loads by itself."""
-    modules = checkpoint.modules_of(variant)
-    return tuple(one for one in options.own if one.name in modules and not own_code.is_named(one.name))
 
 
 def _conclude(results: dict[str, Any], report: Path, display: Display) -> None:

@@ -11,7 +11,19 @@ from typing import Any
 import numpy as np
 
 import convattn
-from convattn.compare import audit, changes, controls, diverging, identity, leaks, scores, stats, tuning, verdicts
+from convattn.compare import (
+    audit,
+    changes,
+    controls,
+    diverging,
+    identity,
+    leaks,
+    scores,
+    stats,
+    timing,
+    tuning,
+    verdicts,
+)
 from convattn.compare import folder as folders
 from convattn.compare.options import Options
 from convattn.compare.rounds import Looks
@@ -85,6 +97,7 @@ def assemble(
         "looks": _looks(looks, options),
         "command": asked.command(looks.seeds, folder),
         "versions": versions(),
+        "timing_note": timing.note(costs, folder),
         "could_see_points": could_see([verdict.gain for verdict in found.values()]),
         "baseline": baseline,
         "variants": variants,

@@ -1,6 +1,7 @@
 """What each variant costs, measured in turn with the baseline, with no run active."""
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from convattn.train.recipe import LONGEST_GRADIENT
 
 COST = "cost.json"
 ROUNDS = 20
+# of the upper quartile of the ratio of a network to which something was added
+FASTEST = 0.95
 # for each of the three measurements
 SECONDS = 20.0
 
@@ -26,7 +29,7 @@ def measure(options: Options, specs: list[RunSpec], images: Images, folder: Path
 
     Of each its `parameters`, `multiply_adds` of an inference of one image, `file_bytes` of its weights as safetensors,
     `peak_bytes` of a training step beyond weights, optimizer state and the batch, and `latency`: times, throughput,
-    and the number of threads that they were measured with.
+    the number of threads that they were measured with, and which of the times are `unclear`.
     """
     path = folder / COST
     known = files.read_intact(path)
@@ -40,7 +43,10 @@ def measure(options: Options, specs: list[RunSpec], images: Images, folder: Path
     size = min(options.batch_size, len(first.split.train))
     x = torch.randn(size, 3, images.size, images.size, device=device)
     labels = torch.randint(0, len(images.classes), (size,), device=device)
-    found = {name: _sizes(run.network, x[:1]) | {"latency": {"threads": threads}} for name, run in runs.items()}
+    found = {
+        name: _sizes(run.network, x[:1]) | {"latency": {"threads": threads, "unclear": []}}
+        for name, run in runs.items()
+    }
     kinds: dict[str, Callable[[Run], Callable[[], object]]] = {
         "train_step": lambda run: _train_step(run, x, labels),
         "inference": lambda run: _inference(run.network, x[:1]),
@@ -52,12 +58,30 @@ def measure(options: Options, specs: list[RunSpec], images: Images, folder: Path
         for name in runs:
             latency = found[name]["latency"]
             latency |= {f"{kind}_ms": asdict(times[name]), f"{kind}_ratio": asdict(ratios[name])}
+            if not _is_clear(ratios[name], name not in options.builds):
+                latency["unclear"].append(kind)
             if kind == "inference_batch":
                 latency |= _throughput(times[name], ratios[name], size)
     for name, run in runs.items():
         found[name]["peak_bytes"] = _peak_bytes(run, x, labels)
     files.write_json(path, {"networks": found})
     return found
+
+
+def note(costs: Mapping[str, Any], folder: Path) -> str | None:
+    """What is to be said where times cannot be told, and how to measure them again; None where all are clear."""
+    names = [name for name, found in costs.items() if found["latency"]["unclear"]]
+    if not names:
+        return None
+    return (
+        f"The times of {', '.join(names)} cannot be told: while they were measured, the machine was busy with other "
+        f"work. On a quiet machine, `convattn report {shlex.quote(str(folder))} --measure` measures them again."
+    )
+
+
+def _is_clear(ratio: cost.Spread, added: bool) -> bool:
+    """Whether a ratio to the baseline can be told; what is added to a network cannot make it faster."""
+    return ratio.is_clear and not (added and ratio.high < FASTEST)
 
 
 def _sizes(network: nn.Module, x: torch.Tensor) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -156,13 +157,16 @@ def _could_see(found: Gain, smallest: float) -> str:
     return f"The smallest gain that it would probably have seen is {signed(seen).lstrip('+')} points."
 
 
-def times(latency: Mapping[str, Mapping[str, float]]) -> str:
+def times(latency: Mapping[str, Any]) -> str:
     """What a variant costs in time, to be put behind the other costs in its sentence."""
-    said = []
+    parts = []
     for kind, what in (("train_step", "the training step"), ("inference", "the inference of one image")):
         ratio = latency.get(f"{kind}_ratio")
-        said += [f"{ratio['median']:.2f} times {what}"] if ratio else []
-    return f", {' and '.join(said)}" if said else ""
+        if ratio and kind in latency.get("unclear", ()):
+            parts.append(f"{what} unclear ({ratio['low']:.2f} to {ratio['high']:.2f} times)")
+        elif ratio:
+            parts.append(f"{ratio['median']:.2f} times {what}")
+    return f", {' and '.join(parts)}" if parts else ""
 
 
 def headline(verdicts: Sequence[tuple[str, str]], smallest: float) -> str:

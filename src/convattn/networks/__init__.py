@@ -236,7 +236,8 @@ def _own(name: str, classes: int | None, pretrained: bool, more: Mapping[str, An
             raise WeightsError(f"{name} takes no argument `pretrained`: give a file of weights instead.")
         options["pretrained"] = True
     try:
-        network = build(**options)
+        with own_code.running(name):
+            network = build(**options)
     except Exception as error:
         raise InvalidOption(f"{name} raised {type(error).__name__}: {error}") from error
     if not isinstance(network, nn.Module):

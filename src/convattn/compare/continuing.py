@@ -1,0 +1,139 @@
+"""Go on with the comparison of a folder: with more seeds, or with its times measured again."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from convattn import checks, files, own_code, registry, reporting
+from convattn.compare import folder as folders
+from convattn.compare import rounds, timing
+from convattn.compare.display import Display
+from convattn.compare.options import OF_OUR_TRAINING, parse
+from convattn.compare.results import assemble
+from convattn.compare.specs import specs
+from convattn.data import Images
+from convattn.errors import ComparisonError, InvalidOption
+from convattn.train.checkpoint import BASELINE
+from convattn.train.controls import NOISE
+
+RESULTS = reporting.RESULTS
+# options that no folder keeps
+FUNCTIONS = ("backbone", "variants", "train")
+
+
+def refuse_other_options(folder: Path, options: Mapping[str, Any]) -> None:
+    """Refuse options that a comparison which goes on cannot follow, as they were set when it began."""
+    for name, value in options.items():
+        # functions are given again where there are any
+        if name not in FUNCTIONS and value not in (None, False):
+            _refuse(folder, [name])
+
+
+def _refuse(folder: Path, names: Sequence[str]) -> None:
+    if names:
+        raise InvalidOption(
+            f"compare: {names[0]} cannot be given with add_seeds: {folder} goes on as it was begun. Leave it out, or "
+            f"begin another comparison."
+        )
+
+
+def continued(
+    folder: Path, more: int, given: Mapping[str, Any], trust: own_code.Trust, smallest_gain: float | None
+) -> tuple[str, dict[str, Any], float]:
+    """The data, the options and the smallest gain of a folder's comparison with more seeds, its functions as given."""
+    checks.positive("compare", "add_seeds", more)
+    plan = folders.read_plan(folder)
+    options = {**plan["options"], "threads": plan["threads"]}
+    functions_now = _functions(
+        folder, options.pop("builds", {}), options.pop("train", None), options.pop("own", {}), given
+    )
+    names = {**options, **{key: "" for key in functions_now if key == "backbone"}}
+    names |= {key: [] for key in functions_now if key == "variants"}
+    own_code.check(named_code(names), folder / folders.PLAN, trust)
+    if "train" in functions_now:
+        # they could not be given with a training function
+        options = {name: value for name, value in options.items() if name not in OF_OUR_TRAINING}
+    taken = rounds.looks(folder, None)
+    if not taken.seeds:
+        raise ComparisonError(f"{folder} is not done yet: give the command that began it once more.")
+    if smallest_gain is None:
+        results = files.read_intact(folder / RESULTS)
+        if results is None:
+            raise ComparisonError(
+                f"{folder / RESULTS} is missing or damaged: give the command that began the comparison once more, or "
+                f"--smallest-gain."
+            )
+        smallest_gain = results["setting"]["smallest_gain_points"]
+    return options.pop("data"), {**options, **functions_now, "seeds": taken.seeds[-1] + more}, smallest_gain
+
+
+def measure_again(folder: str | Path, *, trust: own_code.Trust = (), quiet: bool = False) -> Path:
+    """Measure what each variant of a comparison costs once more, and draw its report anew; nothing is trained.
+
+    Neither images nor weights are needed. Returns the path of the report.
+
+    Args:
+        folder: of a comparison that is done.
+        trust: code of the form `FILE.py:NAME` that may be run where the folder names it; no other is.
+        quiet: print nothing.
+
+    Raises:
+        ComparisonError: it is not done, or was begun with functions from Python.
+        UntrustedCode: the folder names code that is not trusted; nothing was run.
+    """
+    folder, display = Path(folder), Display(quiet=quiet)
+    plan = folders.read_plan(folder)
+    known = {**plan["options"], "threads": plan["threads"], "weights": None}
+    if known.pop("builds", {}) or known.pop("train", None) or known.pop("own", {}):
+        raise ComparisonError(
+            f"{folder} was begun from Python with functions of its own: remove its {timing.COST}, and give the call "
+            f"that began it once more."
+        )
+    own_code.check(named_code(known), folder / folders.PLAN, trust)
+    before = files.read_intact(folder / RESULTS)
+    taken = rounds.looks(folder, None)
+    if before is None or not taken.seeds:
+        raise ComparisonError(f"{folder} is not done yet: give the command that began it once more.")
+    options = parse(known.pop("data"), **known, seeds=taken.seeds[-1])
+    options = replace(
+        options, smallest_gain=before["setting"]["smallest_gain_points"], weights=plan["options"]["weights"]
+    )
+    with registry.also(options.own), folders.locked(folder, wait=False, say=display.warn):
+        images = Images.load(folder)
+        # the weights change no time
+        firsts = specs(replace(options, seeds=1, weights=None), None)[: len(options.names)]
+        (folder / timing.COST).unlink(missing_ok=True)
+        display.say("Measuring what each variant costs ...")
+        costs = timing.measure(options, [spec for spec in firsts if spec.variant != NOISE], images, folder)
+        starts = {one["name"]: one["start_accuracy"] for one in (before["baseline"], *before["variants"])}
+        starts = dict.fromkeys(options.names) | starts
+        results = assemble(options, images, folder, starts, costs, taken) | {"command": before["command"]}
+        files.write_json(folder / RESULTS, results)
+        return reporting.write(results, folder)
+
+
+def named_code(options: Mapping[str, Any]) -> list[str]:
+    """What may be code in the options of a plan: the backbone, and the parts of the variants."""
+    return [options["backbone"], *(name for variant in options["variants"] for name in variant.split("+"))]
+
+
+def _functions(
+    folder: Path, builds: Mapping[str, str], train: str | None, own: Mapping[str, str], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The functions and classes that a comparison was begun with, as they are given again.
+
+    That they are the same is checked with all other options.
+    """
+    variants = bool(set(builds) - {BASELINE}) or not all(map(registry.is_known, own))
+    needed = {"backbone": BASELINE in builds, "variants": variants, "train": train is not None}
+    _refuse(folder, [name for name in FUNCTIONS if given[name] is not None and not needed[name]])
+    functions_now = {name: given[name] for name in FUNCTIONS if needed[name]}
+    for name, value in functions_now.items():
+        listed = isinstance(value, Sequence) and not isinstance(value, str) and any(map(callable, value))
+        if not callable(value) and not (name == "variants" and (listed or isinstance(value, Mapping))):
+            raise ComparisonError(
+                f"{folder} was begun from Python with functions of its own, or classes: call convattn.compare.run "
+                f"there with add_seeds and the same {', '.join(functions_now)}."
+            )
+    return functions_now
