@@ -1,7 +1,7 @@
 """Images in: found in folders, decoded once, split by seed, served in augmented batches."""
 
 from convattn.data.batches import Batches, batches, evaluation_batches
-from convattn.data.duplicates import Pair, find_duplicates
+from convattn.data.duplicates import Pair, find_clusters, find_duplicates, find_pairs, join_pairs
 from convattn.data.images import ARRAY, INDEX, Images, decode, read_image, stored_size
 from convattn.data.listing import Found, LeftOut, Listing
 from convattn.data.parts import Part, Parts
@@ -25,8 +25,11 @@ __all__ = [
     "check_counts",
     "decode",
     "evaluation_batches",
+    "find_clusters",
     "find_duplicates",
+    "find_pairs",
     "fold_of",
+    "join_pairs",
     "open_source",
     "overview",
     "per_class",
