@@ -2,7 +2,7 @@
 
 from convattn.data.batches import Batches, batches, evaluation_batches
 from convattn.data.decoding import Scale
-from convattn.data.duplicates import Pair, find_duplicates
+from convattn.data.duplicates import Pair, find_clusters, find_duplicates, find_pairs, join_pairs
 from convattn.data.images import (
     ARRAY,
     INDEX,
@@ -40,8 +40,11 @@ __all__ = [
     "decode",
     "default_size",
     "evaluation_batches",
+    "find_clusters",
     "find_duplicates",
+    "find_pairs",
     "fold_of",
+    "join_pairs",
     "open_source",
     "overview",
     "per_class",
