@@ -1,6 +1,7 @@
 """Test images among the training images turn the verdict into a warning; whatever else is wrong with data is named."""
 
 import base64
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -109,9 +110,18 @@ def test_duplicates_of_another_class_are_named(tmp_path: Path) -> None:
     )
 
 
+NONE_WITHIN = {"images": 0, "clusters": [], "examples": []}
+
+
 def duplicates(exact: int = 0, near: int = 0) -> dict[str, Any]:
     example = {"test": "a.png", "train": "b.png", "test_class": "x", "train_class": "x"}
-    return {"exact": exact, "near": near, "other_class": 0, "examples": [example] * min(20, exact + near)}
+    return {
+        "exact": exact,
+        "near": near,
+        "other_class": 0,
+        "examples": [example] * min(20, exact + near),
+        "within": NONE_WITHIN,
+    }
 
 
 @pytest.mark.parametrize(
@@ -138,7 +148,13 @@ def test_clean_data_have_no_leak(tmp_path: Path, quick: None, capsys: pytest.Cap
     results = compared(write_images(tmp_path / "data"))
     assert capsys.readouterr().err == ""
     assert results["leak"] is None
-    assert results["data"]["duplicates"] == {"exact": 0, "near": 0, "other_class": 0, "examples": []}
+    assert results["data"]["duplicates"] == {
+        "exact": 0,
+        "near": 0,
+        "other_class": 0,
+        "examples": [],
+        "within": NONE_WITHIN,
+    }
     assert results["variants"][0]["verdict"] == CANNOT_TELL
     assert results["headline"].startswith("Cannot tell yet")
     assert "No test image was found among" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
@@ -198,3 +214,66 @@ def test_a_table_with_groups(tmp_path: Path, quick: None) -> None:
     (photos / "red" / "000.png").write_bytes((photos / "red" / "001.png").read_bytes())
     with pytest.raises(convattn.errors.ComparisonError, match="The images changed"):
         compared(tmp_path / "data.csv")
+
+
+# clusters within the test images
+
+
+def clustered(root: Path, *, named: bool) -> Path:
+    """A table whose test images have clusters of 4: one picture brighter and re-encoded; named as groups, or not."""
+    random = np.random.default_rng(1)
+    lines = ["path,label,split" + (",group" if named else "")]
+    root.mkdir(parents=True)
+
+    def add(name: str, image: np.ndarray, label: int, part: str, group: str) -> None:
+        Image.fromarray(image).save(root / name)
+        lines.append(f"{name},{CLASSES[label]},{part}" + (f",{group}" if named else ""))
+
+    for index in range(90):
+        # validation too, as it would be cut otherwise where groups are named
+        part = "train" if index < 72 else "val"
+        add(f"train{index}.png", pixels(index % 3, random), index % 3, part, f"train{index}")
+    for index in range(30):
+        picture = pixels(index % 3, random)
+        for copy in range(4 if index < 12 else 1):
+            brighter = (picture * (1 - 0.1 * copy)).astype(np.uint8)
+            add(f"test{index}-{copy}.png", brighter, index % 3, "test", f"test{index}")
+    (root / "table.csv").write_text("\n".join(lines))
+    return root / "table.csv"
+
+
+def test_clusters_within_the_test_images_count_as_groups(
+    tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = compared(clustered(tmp_path / "found", named=False), seeds=2, out=tmp_path / "a")
+    warning = (
+        "48 of 66 test images show the same as another of them (frames of a video, crops of a picture): they are 12 "
+        "groups, the largest of 4, and each group counts as one image in the intervals. For example "
+    )
+    assert warning in capsys.readouterr().err
+    within = found["data"]["duplicates"]["within"]
+    expected = {frozenset(f"test{index}-{copy}.png" for copy in range(4)) for index in range(12)}
+    assert {frozenset(cluster) for cluster in within["clusters"]} == expected and within["images"] == 48
+    assert len(within["examples"][0]["pictures"]) == 2
+    report = (tmp_path / "a" / "report.html").read_text(encoding="utf-8")
+    assert "48 test images show the same as another of them" in report
+    named = compared(clustered(tmp_path / "named", named=True), seeds=2, out=tmp_path / "b")
+    assert named["data"]["duplicates"]["within"] == NONE_WITHIN
+    for key in ("gain_points", "interval95", "p_value", "per_class_interval95_points", "other_scores"):
+        assert found["variants"][0][key] == named["variants"][0][key]
+
+
+def test_units_join_groups_of_the_data_and_clusters(tmp_path: Path) -> None:
+    images = decoded(write_images(tmp_path / "data", count=10), tmp_path / "out")
+    tests = split(images, 0).test
+    assert leaks.units(images, None, {"within": NONE_WITHIN}) is None
+    clusters = {"within": {"clusters": [tests[[0, 2]].tolist()]}}
+    assert leaks.units(images, None, clusters).tolist() == [0, 1, 0, 2, 3, 4]
+    # given parts are kept, so that groups do not move the test images
+    parts = tuple("test" if index in tests else "train" for index in range(len(images.labels)))
+    numbers = np.arange(len(images.labels))
+    numbers[tests[4]] = numbers[tests[2]]
+    grouped = dataclasses.replace(images, parts=parts, groups=numbers)
+    assert leaks.units(grouped, None, {"within": NONE_WITHIN}).tolist() == numbers[tests].tolist()
+    joined = leaks.units(grouped, None, clusters)
+    assert joined[0] == joined[2] == joined[4] and len(set(joined)) == 4

@@ -84,6 +84,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     for path in (data / "test" / "red").iterdir():
         path.unlink()
     shutil.copy(next((data / "train" / "blue").iterdir()), data / "test" / "blue" / "again.png")
+    shutil.copy(data / "test" / "green" / "001.png", data / "test" / "green" / "twice.png")
     (data / "train" / "blue" / "torn.png").write_bytes(b"no image")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(timing, "ROUNDS", 3)

@@ -20,6 +20,9 @@ SCORES = (
 GAINS = {"se": -0.1, "cbam": 1.6, "dual": -0.9, "cbam+dual": 0.7}
 
 
+WITHIN = {"images": 0, "clusters": [], "examples": []}
+
+
 def results(
     names: Sequence[str] = ("se", "cbam", "dual", "cbam+dual"),
     *,
@@ -47,7 +50,7 @@ def results(
             "per_class": {part: [36 for _ in classes] for part in ("train", "validation", "test")},
             "missing_classes": {},
             "one_class": [],
-            "duplicates": {"exact": 0, "near": 0, "other_class": 0, "examples": []},
+            "duplicates": {"exact": 0, "near": 0, "other_class": 0, "examples": [], "within": WITHIN},
             "fingerprint": "9f2c41d07ab8e6335c1d",
         },
         "setting": {

@@ -35,7 +35,7 @@ from convattn.compare.options import (
     fingerprint_of,
     parse,
 )
-from convattn.compare.results import assemble, judged, rights, runs_of, tested_groups
+from convattn.compare.results import assemble, judged, rights, runs_of
 from convattn.compare.specs import built, specs
 from convattn.compare.verdicts import signed
 from convattn.compare.workers import run_all
@@ -414,7 +414,7 @@ def _rounds(
     """
     taken = rounds.looks(folder, options.max_seeds)
     ended = dict(taken.ended) if options.until else {}
-    groups = tested_groups(images, options.folds)
+    groups = leaks.units(images, options.folds, leaks.search(images, options.folds, folder))
     seeds = max(options.seeds, *taken.seeds, 1) if options.until else options.seeds
     while True:
         now = replace(options, seeds=seeds, ended=ended)
@@ -444,7 +444,7 @@ def _tell_what_is_wrong(images: Images, folds: int | None, folder: Path, display
     for line in aligned(leaks.table(images.classes, counts["per_class"]), "<>>>"):
         display.say(f"  {line}")
     if files.read_intact(folder / leaks.LEAKS) is None:
-        display.say("Looking for test images among the others ...")
+        display.say("Looking for images that show the same ...")
     for line in leaks.warnings(counts, leaks.search(images, folds, folder), len(parts.test)):
         display.warn(line)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from convattn import checks, files
-from convattn.data import Images, Pair, Split, find_duplicates, per_class, split
+from convattn.data import Images, Pair, Split, find_duplicates, find_pairs, join_pairs, overview, per_class, split
 
 LEAKS = "leaks.json"
 # of the test images. A network that has learned them by heart answers them right, so that they can shift a gain by
@@ -26,7 +26,8 @@ def search(images: Images, folds: int | None, folder: Path) -> dict[str, Any]:
     Of folds, each is sought among the others.
 
     Gives the numbers of test images with an `exact` or only a `near` duplicate, how many have another class than theirs
-    (`other_class`), and some `examples`, the first of them with pictures (PNG in base64).
+    (`other_class`), and some `examples`, the first of them with pictures (PNG in base64); and `within`, what the test
+    images have of duplicates among themselves, see `_clusters`.
     """
     path = folder / LEAKS
     known = files.read_intact(path)
@@ -38,9 +39,54 @@ def search(images: Images, folds: int | None, folder: Path) -> dict[str, Any]:
             for pair in find_duplicates(images.pixels, parts.test, np.union1d(parts.train, parts.validation))
         ]
         pairs.sort(key=lambda pair: (not pair.exact, -pair.similarity))
-        known = _told(images, pairs)
+        tests = overview(images, folds).test
+        known = _told(images, pairs) | {"within": _clusters(images, tests)}
         files.write_json(path, known)
     return known
+
+
+def units(images: Images, folds: int | None, duplicates: dict[str, Any]) -> np.ndarray | None:
+    """For each test image the group that it counts with in an interval; None where each counts by itself.
+
+    Groups are those of the data and clusters of duplicates, put together where they have an image in common.
+    """
+    tests, clusters = overview(images, folds).test, duplicates["within"]["clusters"]
+    named = None if images.groups is None else images.groups[tests]
+    if not clusters:
+        return named
+    pairs = [Pair(image, cluster[0], 1.0, False) for cluster in clusters for image in cluster[1:]]
+    return join_pairs(tests, pairs, named)
+
+
+def _clusters(images: Images, tests: np.ndarray) -> dict[str, Any]:
+    """Clusters of test images that show the same, sought among those of no common group: `images` in them, the
+    `clusters` themselves as indices of images, and `examples`, pairs as those of `search`."""
+    pairs = find_pairs(images.pixels, tests)
+    if images.groups is not None:
+        pairs = [pair for pair in pairs if images.groups[pair.image] != images.groups[pair.other]]
+    numbers = join_pairs(tests, pairs)
+    order = np.argsort(numbers, kind="stable")
+    parts = np.split(tests[order], np.flatnonzero(np.diff(numbers[order])) + 1)
+    clusters = sorted((part.tolist() for part in parts if len(part) > 1), key=len, reverse=True)
+    examples = [_example(images, pair) for pair in pairs[:MOST_EXAMPLES]]
+    for example, pair in zip(examples, pairs[:MOST_PICTURES], strict=False):
+        example["pictures"] = [_picture(images.pixels[pair.image]), _picture(images.pixels[pair.other])]
+    keys = {"test": "image", "train": "other", "test_class": "image_class", "train_class": "other_class"}
+    return {
+        "images": sum(map(len, clusters)),
+        "clusters": clusters,
+        "examples": [{keys.get(key, key): value for key, value in example.items()} for example in examples],
+    }
+
+
+def within_warning(within: dict[str, Any], tests: int) -> str:
+    """What duplicates within the test images mean for the intervals."""
+    count, clusters = within["images"], within["clusters"]
+    largest = f", the largest of {len(clusters[0])}" if len(clusters[0]) > 2 else ""
+    return (
+        f"{count:,} of {tests:,} test images show the same as another of them (frames of a video, crops of a picture): "
+        f"they are {len(clusters):,} groups{largest}, and each group counts as one image in the intervals."
+    )
 
 
 def leak(duplicates: dict[str, Any], tests: int) -> dict[str, Any] | None:
@@ -96,6 +142,11 @@ def warnings(data: dict[str, Any], duplicates: dict[str, Any], tests: int) -> li
         odd = next((one for one in examples if one["test_class"] != one["train_class"]), None)
         which = f" For example {odd['test']} and {odd['train']}." if odd else ""
         lines.append(f"{duplicates['other_class']:,} of them have another class there.{which}")
+    if duplicates["within"]["clusters"]:
+        first = duplicates["within"]["examples"][0]
+        lines.append(
+            f"{within_warning(duplicates['within'], tests)} For example {first['image']} and {first['other']}."
+        )
     return lines
 
 

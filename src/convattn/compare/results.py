@@ -53,7 +53,7 @@ def assemble(
     labels = images.labels[parts.test]
     baseline = _common(BASELINE, results, right, starts, costs)
     baseline["per_class_accuracy"] = by_class(100.0 * right[BASELINE], labels, len(images.classes))
-    groups = tested_groups(images, options.folds)
+    groups = leaks.units(images, options.folds, leaks.search(images, options.folds, folder))
     said = {name: _cost(name, costs) for name in options.variants}
     tested = {name: right[name] for name in (BASELINE, *options.variants)}
     found = judged(tested, options.smallest_gain, looks, groups, said, folds=options.folds)
@@ -141,11 +141,6 @@ def runs_of(folder: Path, name: str, options: Options) -> list[Path]:
     return [folder / RUNS / run_name(name, controls.seed_of(name, seed), fold) for seed, fold in options.parts_of(name)]
 
 
-def tested_groups(images: Images, folds: int | None) -> np.ndarray | None:
-    """For each test image its group, where the data name groups."""
-    return None if images.groups is None else images.groups[overview(images, folds).test]
-
-
 def judged(
     right: dict[str, np.ndarray],
     smallest: float,
@@ -204,8 +199,15 @@ def _data(options: Options, images: Images, parts: Split, folder: Path) -> dict[
         "left_out": [{"path": one.path, "reason": one.reason} for one in images.left_out],
         "notes": images.findings.sentences(len(images.labels)),
         **leaks.counts(images, parts),
-        "duplicates": leaks.search(images, options.folds, folder),
+        "duplicates": _duplicates(leaks.search(images, options.folds, folder), images),
     }
+
+
+def _duplicates(duplicates: dict[str, Any], images: Images) -> dict[str, Any]:
+    """What was found of duplicates, the clusters within the test images by their paths."""
+    within = duplicates["within"]
+    clusters = [[images.paths[index] for index in cluster] for cluster in within["clusters"]]
+    return {**duplicates, "within": {**within, "clusters": clusters}}
 
 
 def _setting(
