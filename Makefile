@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 .PHONY: demo test test-all check bench sweep wheel
 
 demo: $(INSTALLED)
-	$(BIN)/convattn compare digits --variants se,cbam,dual --epochs 8 --jobs 2 --out demo
+	$(BIN)/convattn compare digits --variants se,cbam,dual --epochs 8 --out demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from convattn import attachment, checks, cost, networks, ops
+from convattn import attachment, checks, cost, files, networks, ops
 from convattn.errors import InvalidOption
 from convattn.nn import CBAM, SqueezeExcite
 from convattn.tables import aligned
@@ -418,8 +418,8 @@ def save(result: Result, against: list[str], folder: str | Path) -> Path:
     if place.exists() and not place.is_dir():
         raise InvalidOption(f"bench: {place} is not a folder.")
     place.mkdir(parents=True, exist_ok=True)
-    (place / "results.json").write_text(json.dumps(asdict(result), indent=1) + "\n")
-    (place / "table.md").write_text(markdown(result, against))
+    files.write(place / "results.json", json.dumps(asdict(result), indent=1) + "\n")
+    files.write(place / "table.md", markdown(result, against))
     _draw(result, against, place / "figure.svg")
     return place
 

@@ -25,8 +25,13 @@ UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno.ENOSPC}
 
 
-def write(path: Path, content: bytes | str) -> None:
+def write(path: Path, content: bytes | str, *, previous: Path | None = None) -> None:
     """Replace a file in one step.
+
+    Args:
+        path: the file.
+        content: what it is to have.
+        previous: where to keep what it had; nowhere by default.
 
     Raises:
         OSError: it cannot be written; the file is what it was.
@@ -36,6 +41,8 @@ def write(path: Path, content: bytes | str) -> None:
         with partial.open("wb") as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
             synchronise(file.fileno())
+        if previous is not None and path.exists():
+            path.replace(previous)
         replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -107,9 +114,9 @@ def read_intact(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def write_sealed(path: Path, content: bytes) -> None:
-    """Replace a file of bytes, to which their digest is added."""
-    write(path, content + hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest())
+def write_sealed(path: Path, content: bytes, *, previous: Path | None = None) -> None:
+    """Replace a file of bytes, to which their digest is added; see `write`."""
+    write(path, content + hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest(), previous=previous)
 
 
 def read_sealed(path: Path) -> bytes | None:
@@ -193,7 +200,8 @@ def explained(error: OSError, folder: Path) -> ConvattnError:
 
 def size(count: float) -> str:
     """A number of bytes for people: 12.3 MB."""
-    unit = 0
+    # enormous ones are beyond what floating-point numbers hold
+    count, unit = min(count, 1e30), 0
     while count >= 999.5 and unit < len(UNITS) - 1:
         count, unit = count / 1000, unit + 1
     return f"{count:,.0f} {UNITS[unit]}" if unit == 0 or count >= 99.95 else f"{count:.1f} {UNITS[unit]}"

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from convattn import checks, registry
+from convattn import checks, files, registry
 from convattn.attachment import descriptions, freezing
 from convattn.attachment.attaching import Pair, attached, exchange, partners, wrapped
 from convattn.attachment.descriptions import ABOUT, FORMATS, Fingerprint, Saved
@@ -100,8 +100,8 @@ def save(model: nn.Module, folder: str | Path, *, whole: bool = False) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # the description last: where it stands, the weights stand
-    _write(folder / WEIGHTS, content)
-    _write(folder / ABOUT, text.encode())
+    files.write(folder / WEIGHTS, content)
+    files.write(folder / ABOUT, text)
     return folder
 
 
@@ -370,9 +370,3 @@ def _entry(site: Site, factories: Mapping[str, Callable[[int], nn.Module]], fold
             f"factories={{{site.attention!r}: ...}}. {UNCHANGED}"
         )
     return own_entry(factories[site.attention], site.place, site.attention)
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)

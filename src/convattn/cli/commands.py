@@ -330,8 +330,10 @@ def bench(
         str | None, typer.Option(help="Maps, separated by commas.", show_default="six of a ResNet-50, and a small one")
     ] = None,
     repeats: Annotated[int, typer.Option(help="Rounds of the candidates, more for small maps.")] = 11,
-    batch: Annotated[int, typer.Option(help="Images for the network.")] = 8,
-    image_size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 224,
+    batch: Annotated[int | None, typer.Option(help="Images for the network.", show_default="8")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Side of the network's images in pixels.", show_default="224")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; the network's under autocast.")] = "float32",
     out: Annotated[Path, typer.Option(help="Folder for results.json, table.md and figure.svg.")] = Path("bench"),
@@ -341,6 +343,9 @@ def bench(
     from convattn import errors
 
     names = against.split(",")
+    for option, value in (("batch", batch), ("image-size", image_size)):
+        if value is not None and network == "none":
+            raise errors.InvalidOption(f"bench: {option} is for the network, and none is measured; give --network too.")
     try:
         given = None if shapes is None else [tuple(int(size) for size in one.split("x")) for one in shapes.split(",")]
     except ValueError as error:
@@ -353,8 +358,8 @@ def bench(
             against=names,
             shapes=given,
             repeats=repeats,
-            batch=batch,
-            side=image_size,
+            batch=8 if batch is None else batch,
+            side=224 if image_size is None else image_size,
             device=device,
             dtype=dtype,
             said=lambda line: sys.stderr.write(line + "\n"),

@@ -20,13 +20,15 @@ from convattn.train.controls import NOISE
 RESULTS = reporting.RESULTS
 # options that no folder keeps
 FUNCTIONS = ("backbone", "variants", "train")
+# options that are false where they are not given
+SWITCHES = ("audit_selection", "val_as_test")
 
 
 def refuse_other_options(folder: Path, options: Mapping[str, Any]) -> None:
     """Refuse options that a comparison which goes on cannot follow, as they were set when it began."""
     for name, value in options.items():
         # functions are given again where there are any
-        if name not in FUNCTIONS and value not in (None, False):
+        if name not in FUNCTIONS and value is not None and not (value is False and name in SWITCHES):
             _refuse(folder, [name])
 
 

@@ -27,6 +27,8 @@ FLOAT_BYTES = 4
 PREDICTION_BYTES = 10
 # a year is more than anybody waits
 LONGEST_HOURS = 8760.0
+# a number that a message need not tell to the digit
+MANY = 10**15
 # images of the step that is timed; of large ones two
 TIMED = 8
 
@@ -91,10 +93,11 @@ def _check_disk(options: Options, images: int, size: int, network: nn.Module, fo
     needed = array + runs * (weights + PREDICTION_BYTES * images // 10) + IN_CHECKPOINT * weights
     free = files.free_bytes(folder)
     if needed > free:
-        most = max((array, "--image-size"), (runs * weights, "--seeds"))[1]
+        several = "--seeds" if options.seeds >= (options.folds or 1) else "--folds"
+        lower = "--image-size" if array > runs * weights else several
         raise InvalidOption(
-            f"compare: {images:,} images of {size} pixels and {runs:,} runs need {files.size(needed)} of disk, and "
-            f"{files.size(free)} are free in {folder}: lower {most}, or give another --out."
+            f"compare: {images:,} images of {size} pixels and {_many(runs)} runs need {files.size(needed)} of disk, "
+            f"and {files.size(free)} are free in {folder}: make room, give another --out, or lower {lower}."
         )
     return needed
 
@@ -117,13 +120,17 @@ def _check_time(options: Options, images: int, size: int, network: nn.Module) ->
     # a network that does not take the images is told of with its reason, later
     except Exception:
         return math.nan
-    total = float(min(count_runs(options) * options.epochs, 10**18)) * seconds
+    total = float(min(count_runs(options) * options.epochs, MANY)) * seconds
     if total / 3600 > LONGEST_HOURS:
         raise InvalidOption(
-            f"compare: {count_runs(options):,} runs of {options.epochs:,} epochs take about {total / 3600:,.0f} hours "
-            f"on this machine: lower --seeds or --epochs, or take fewer images."
+            f"compare: {_many(count_runs(options))} runs of {_many(options.epochs)} epochs take about "
+            f"{total / 3600:,.0f} hours on this machine: lower --seeds or --epochs, or take fewer images."
         )
     return total
+
+
+def _many(count: int) -> str:
+    return f"{count:,}" if count < MANY else f"more than {MANY:.0e}"
 
 
 def default_threads(options: Options) -> int:

@@ -257,7 +257,7 @@ def parse(
         numeric = isinstance(rate, int | float) and not isinstance(rate, bool)
         if rate is not None and not (numeric and 0 < rate < math.inf):
             raise InvalidOption(f"compare: {name} must be above 0 and finite, got {rate!r}.")
-    ours = (tune, audit_selection, gate_learning_rate, epochs, learning_rate, weight_decay, flip)
+    ours = (tune, audit_selection or None, gate_learning_rate, epochs, learning_rate, weight_decay, flip)
     _check_training(tune, folds, train, dict(zip(OF_OUR_TRAINING, ours, strict=True)))
     weight_decay = WEIGHT_DECAY if weight_decay is None else weight_decay
     checks.between(where, "weight_decay", weight_decay, 0, 1)
@@ -339,7 +339,7 @@ def _check_training(
 ) -> None:
     """Raise `InvalidOption` for options of our training that there is no such, or that others exclude."""
     checks.choice("compare", "tune", tune, (None, *tuning.TUNE))
-    asked = [name for name, value in ours.items() if value not in (None, False)]
+    asked = [name for name, value in ours.items() if value is not None]
     if train is not None and asked:
         raise InvalidOption(f"compare: {asked[0]} is for our training, which train takes the place of; leave out one.")
     if tune is not None and folds is not None:

@@ -49,7 +49,7 @@ def _runs(folder: Path, options: dict[str, Any]) -> Iterator[str]:
     begun = sorted(path.parent for path in (folder / RUNS).glob(f"*/{PLAN}"))
     waiting = [path for path in begun if path.name not in finished]
     each = ", ".join(f"{name} {sum(_is_of(run, name) for run in finished)}" for name in names)
-    yield f"{len(finished)} runs are done: {each}."
+    yield f"{len(finished)} run{' is' if len(finished) == 1 else 's are'} done: {each}."
     for path in waiting:
         broken = " (it broke: see its error.txt)" if (path / ERROR).exists() else ""
         yield f"  {path.name:<24} {_progress(path, options['epochs'])}{broken}"

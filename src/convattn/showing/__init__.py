@@ -1,5 +1,6 @@
 """The gates themselves: what each site attends to, which sites do nothing."""
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from convattn import own_code
+from convattn import files, own_code
 from convattn.checks import extra
 from convattn.errors import InvalidOption
 from convattn.showing import canvas, figures
@@ -77,7 +78,9 @@ def show(
     paths = [images] if isinstance(images, Path | str) else images
     seen = watch(Path(checkpoint), [Path(path) for path in paths], layer, trust=trust, factories=factories)
     folder = _folder(Path(out))
-    np.savez_compressed(folder / NUMBERS, **_arrays(seen))
+    content = io.BytesIO()
+    np.savez_compressed(content, **_arrays(seen))
+    files.write(folder / NUMBERS, content.getvalue())
     with canvas.style():
         _draw(seen, folder)
     return folder

@@ -253,9 +253,7 @@ class Run:
         }
         content = io.BytesIO()
         torch.save(state, content)
-        if (self.folder / CHECKPOINT).exists():
-            (self.folder / CHECKPOINT).replace(self.folder / PREVIOUS)
-        files.write_sealed(self.folder / CHECKPOINT, content.getvalue())
+        files.write_sealed(self.folder / CHECKPOINT, content.getvalue(), previous=self.folder / PREVIOUS)
 
     def restore(self) -> None:
         """Go back to where the run stood, if it did: to the checkpoint, or where that is damaged to the previous one.
