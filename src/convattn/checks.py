@@ -85,6 +85,13 @@ def shown(name: object) -> str:
     return text if len(text) <= 80 and text.isprintable() else quoted(text)
 
 
+def printable(text: object) -> str:
+    """A text in one line that every encoding can write: other characters as escapes of Python, such as \\udce9."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in str(text)
+    )
+
+
 def reason(error: BaseException) -> str:
     """The first line of what an error says, or its class where it says nothing."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -53,8 +53,7 @@ def essence(folder: Path) -> dict[str, Any]:
     results = files.read_json(folder / "results.json") or {}
     for one in (results["baseline"], *results["variants"]):
         del one["latency"], one["peak_bytes"]
-    for key in ("command", "timing_note"):
-        del results[key]
+    del results["command"]
     found: dict[str, Any] = {"results": results}
     for path in sorted(folder.glob("runs/*/*")):
         name = path.relative_to(folder).as_posix()
@@ -450,7 +449,10 @@ def spread(low: float, middle: float, high: float) -> dict[str, float]:
 
 
 def test_times_of_a_busy_machine_are_unclear(
-    compare: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compare: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     interleaved = timing.cost.interleaved
     ratios = iter([(0.4, 0.54, 1.9), (1.0, 1.05, 1.1), (0.7, 0.8, 0.85)])
@@ -461,21 +463,22 @@ def test_times_of_a_busy_machine_are_unclear(
         return times, {**found, "se": timing.cost.Spread(middle, low, high)}
 
     monkeypatch.setattr(timing.cost, "interleaved", busy)
-    results = compare()
+    results = compare(quiet=False)
     latency = results["variants"][0]["latency"]
     # quartiles far apart; and a network that is faster with something added
     assert latency["unclear"] == ["train_step", "inference_batch"]
     assert "the training step unclear (0.40 to 1.90 times) and 1.05 times the inference" in latency["sentence"]
-    note = f"`convattn report {tmp_path / 'out'} --measure` measures them again."
-    assert "The times of se cannot be told" in results["timing_note"] and note in results["timing_note"]
+    note = results["baseline"]["latency"]["note"]
+    assert note.startswith("The times of se cannot be told") and "`convattn report FOLDER --measure`" in note
     assert note in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert f"`convattn report {tmp_path / 'out'} --measure`" in capsys.readouterr().out
 
     before = essence(tmp_path / "out")
     path = measure_again(tmp_path / "out", trust=results["command"].split("--backbone ")[1].split()[0], quiet=True)
     assert path == tmp_path / "out" / "report.html"
     assert essence(tmp_path / "out") == before
     measured = files.read_json(tmp_path / "out" / "results.json") or {}
-    assert measured["variants"][0]["latency"]["unclear"] == [] and measured["timing_note"] is None
+    assert measured["variants"][0]["latency"]["unclear"] == [] and measured["baseline"]["latency"]["note"] is None
     assert "training step unclear" not in path.read_text(encoding="utf-8")
 
 

@@ -15,6 +15,7 @@ import convattn.compare
 from convattn.compare import leaks, timing
 from convattn.compare.verdicts import CANNOT_TELL
 from convattn.data import Images, split
+from convattn.errors import DataError
 from small_runs import CLASSES, decoded, pixels, write_images, write_network
 
 
@@ -277,3 +278,17 @@ def test_units_join_groups_of_the_data_and_clusters(tmp_path: Path) -> None:
     assert leaks.units(grouped, None, {"within": NONE_WITHIN}).tolist() == numbers[tests].tolist()
     joined = leaks.units(grouped, None, clusters)
     assert joined[0] == joined[2] == joined[4] and len(set(joined)) == 4
+
+
+def test_images_that_are_all_the_same_are_refused_before_any_training(
+    tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_images(tmp_path / "data", count=20)
+    for path in data.rglob("*.png"):
+        Image.new("RGB", (16, 16)).save(path)
+    with pytest.raises(DataError, match="All 12 test images show the same: two that differ are needed"):
+        compared(data)
+    said = capsys.readouterr().err
+    assert "60 of 60 images are of a single colour: blue/000.png, blue/001.png, blue/002.png and 57 more." in said
+    assert "All images of 3 classes blue, green, red are equal." in said
+    assert not (tmp_path / "out").exists()

@@ -95,7 +95,6 @@ def results(
             "latency": _latency(1.0) if measured else None,
         },
         "changes": [f"{name}: about 4 more seeds would decide it." for name in names],
-        "timing_note": None,
         "looks": {
             "seeds": [seeds],
             "most_seeds": None,

@@ -31,6 +31,7 @@ class Display:
         """A line that stays."""
         if self.quiet:
             return
+        text = checks.printable(text)
         if self.bars is not None:
             self.bars.console.print(text, markup=False, highlight=False)
         else:
@@ -39,7 +40,7 @@ class Display:
 
     def warn(self, text: str) -> None:
         """A line to the standard error, whether quiet or not."""
-        sys.stderr.write(f"convattn: {text}\n")
+        sys.stderr.write(f"convattn: {checks.printable(text)}\n")
 
     def count(self, what: str) -> Callable[[int, int], None]:
         """A function that is told how many things are done, and of how many, and says so once in a while."""

@@ -73,7 +73,6 @@ def results(baseline: str | Path, variants: Sequence[str | Path], *, smallest_ga
         "looks": {"seeds": [seeds], "most_seeds": seeds, "ended": {}, "saved_runs": 0, "sentence": _look(seeds)},
         "command": shlex.join(command),
         "versions": made.versions(),
-        "timing_note": None,
         "could_see_points": made.could_see([one.gain for one in found.values()]),
         "baseline": {
             **_network(BASELINE, given.baseline),

@@ -14,6 +14,7 @@ Every file is known to be what was written: what is damaged is computed again, b
 """
 
 import contextlib
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +60,7 @@ from convattn.train.controls import NOISE
 from convattn.train.run import RUNS
 
 START, RESULTS = "start.json", reporting.RESULTS
+LOOKING = "Looking for images that show the same ..."
 # files left out that are named before the start
 MOST_NAMED = 20
 
@@ -305,6 +307,8 @@ def _decoded(options: Options, source: Source, listing: Listing | None, folder: 
         images = decode(listing, folder, image_size=size, wanted_size=wanted, progress=display.count("images"))
     finally:
         folders.clear(folder)
+    for line in images.findings.sentences(len(images.labels)):
+        display.warn(line)
     if not len(images.labels):
         first = images.left_out[0]
         raise DataError(f"No image of {source.name} can be decoded: {first.path}: {first.reason}.")
@@ -313,6 +317,8 @@ def _decoded(options: Options, source: Source, listing: Listing | None, folder: 
     for seed, fold in [*options.parts, *((seed, None) for seed in tuning.SEEDS if options.tune)]:
         # groups may not fit, which should be known before the first run
         split(images, seed, fold=fold, folds=options.folds)
+    display.say(LOOKING)
+    leaks.check_units(images, options.folds, leaks.search(images, options.folds, folder))
     _check_forward(network, images, options.backbone)
     for name, build in options.builds.items():
         if name != BASELINE:
@@ -437,14 +443,12 @@ def _rounds(
 
 
 def _tell_what_is_wrong(images: Images, folds: int | None, folder: Path, display: Display) -> None:
-    for line in images.findings.sentences(len(images.labels)):
-        display.warn(line)
     parts = overview(images, folds)
     counts = leaks.counts(images, parts)
     for line in aligned(leaks.table(images.classes, counts["per_class"]), "<>>>"):
         display.say(f"  {line}")
     if files.read_intact(folder / leaks.LEAKS) is None:
-        display.say("Looking for images that show the same ...")
+        display.say(LOOKING)
     for line in leaks.warnings(counts, leaks.search(images, folds, folder), len(parts.test)):
         display.warn(line)
 
@@ -471,6 +475,8 @@ def _conclude(results: dict[str, Any], report: Path, display: Display) -> None:
     display.say(results["headline"])
     for variant in results["variants"]:
         display.say(f"  {(variant['latency'] or variant)['sentence']}")
+    if results["baseline"]["latency"]["note"]:
+        display.say(results["baseline"]["latency"]["note"].replace("FOLDER", shlex.quote(str(report.parent))))
     for control in results["controls"]:
         display.say(f"  {control['sentence']}")
     display.say()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from convattn import checks, files
+from convattn.compare.leaks import LEAKS
 from convattn.compare.options import NOT_HASHED, Options
 from convattn.data import ARRAY, INDEX
 from convattn.errors import ComparisonError, DamagedFile
@@ -177,7 +178,7 @@ def preparing(folder: Path, options: Options, fingerprints: dict[str, str | None
         (folder / PREPARING).unlink()
     except BaseException:
         clear(folder)
-        for name in (ARRAY, INDEX, PLAN, PREPARING):
+        for name in (ARRAY, INDEX, LEAKS, PLAN, PREPARING):
             (folder / name).unlink(missing_ok=True)
         files.remove_partial(folder)
         raise

@@ -9,6 +9,7 @@ import numpy as np
 
 from convattn import checks, files
 from convattn.data import Images, Pair, Split, find_duplicates, find_pairs, join_pairs, overview, per_class, split
+from convattn.errors import DataError
 
 LEAKS = "leaks.json"
 # of the test images. A network that has learned them by heart answers them right, so that they can shift a gain by
@@ -58,6 +59,14 @@ def units(images: Images, folds: int | None, duplicates: dict[str, Any]) -> np.n
     return join_pairs(tests, pairs, named)
 
 
+def check_units(images: Images, folds: int | None, duplicates: dict[str, Any]) -> None:
+    """Raise `DataError` where all test images count as one, so that nothing could be said of others."""
+    numbers = units(images, folds, duplicates)
+    if numbers is not None and len(np.unique(numbers)) < 2:
+        why = "are of one group" if not duplicates["within"]["clusters"] else "show the same"
+        raise DataError(f"All {len(numbers):,} test images {why}: two that differ are needed to compare networks.")
+
+
 def _clusters(images: Images, tests: np.ndarray) -> dict[str, Any]:
     """Clusters of test images that show the same, sought among those of no common group: `images` in them, the
     `clusters` themselves as indices of images, and `examples`, pairs as those of `search`."""
@@ -85,7 +94,8 @@ def within_warning(within: dict[str, Any], tests: int) -> str:
     largest = f", the largest of {len(clusters[0])}" if len(clusters[0]) > 2 else ""
     return (
         f"{count:,} of {tests:,} test images show the same as another of them (frames of a video, crops of a picture): "
-        f"they are {len(clusters):,} groups{largest}, and each group counts as one image in the intervals."
+        f"they are {len(clusters):,} group{'s' if len(clusters) > 1 else ''}{largest}, and each group counts as one "
+        f"image in the intervals."
     )
 
 

@@ -1,6 +1,5 @@
 """What each variant costs, measured in turn with the baseline, with no run active."""
 
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -68,14 +67,14 @@ def measure(options: Options, specs: list[RunSpec], images: Images, folder: Path
     return found
 
 
-def note(costs: Mapping[str, Any], folder: Path) -> str | None:
+def note(costs: Mapping[str, Any]) -> str | None:
     """What is to be said where times cannot be told, and how to measure them again; None where all are clear."""
     names = [name for name, found in costs.items() if found["latency"]["unclear"]]
     if not names:
         return None
     return (
         f"The times of {', '.join(names)} cannot be told: while they were measured, the machine was busy with other "
-        f"work. On a quiet machine, `convattn report {shlex.quote(str(folder))} --measure` measures them again."
+        f"work. On a quiet machine, `convattn report FOLDER --measure` measures them again."
     )
 
 

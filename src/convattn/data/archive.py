@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from convattn import checks
-from convattn.data.listing import LeftOut, printable
+from convattn.data.listing import LeftOut
 from convattn.errors import DataError
 
 SUFFIXES = (".tar.xz", ".tar.gz", ".tgz", ".tar", ".zip")
@@ -46,7 +46,7 @@ class _Target:
 
     def refuse(self, reason: str) -> NoReturn:
         """Raise the error that the archive cannot be unpacked."""
-        raise DataError(f"{printable(self.archive)} cannot be unpacked: {reason}")
+        raise DataError(f"{checks.printable(self.archive)} cannot be unpacked: {reason}")
 
     def add(self, size: int, members: int = 0, *, least: str = "at least ") -> None:
         """Count bytes and members before they are written; `least` says in messages whether more could come.
@@ -71,7 +71,7 @@ class _Target:
         """
         path = Path(name)
         if path.anchor or ".." in path.parts:
-            self.refuse(f"its member {printable(name)!r} would be written outside of the folder.")
+            self.refuse(f"its member {checks.printable(name)!r} would be written outside of the folder.")
         return self.folder / path
 
     def make_folder(self, name: str) -> None:
@@ -92,7 +92,7 @@ class _Target:
 
     def leave_out(self, name: str, reason: str) -> None:
         """Name a member that is not unpacked."""
-        self.left_out.append(LeftOut(printable(name), reason))
+        self.left_out.append(LeftOut(checks.printable(name), reason))
 
     def make_links(self) -> None:
         """Make the symbolic links, after all files, so that nothing is written through one."""
@@ -139,7 +139,9 @@ def unpack(archive: Path, folder: Path) -> tuple[LeftOut, ...]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise
-        raise DataError(f"{printable(archive)} cannot be unpacked: {checks.reason(error).rstrip('.:')}.") from error
+        raise DataError(
+            f"{checks.printable(archive)} cannot be unpacked: {checks.reason(error).rstrip('.:')}."
+        ) from error
     return tuple(target.left_out)
 
 
@@ -213,7 +215,7 @@ def _unpack_tar(target: _Target) -> None:
     with _Tar.open(target.archive) as tar:
         for member in tar.each():
             if member.size < 0:
-                target.refuse(f"its member {printable(member.name)!r} has a size below zero.")
+                target.refuse(f"its member {checks.printable(member.name)!r} has a size below zero.")
             # a sparse file declares more than the archive holds; a header counts as well, or millions would be free
             target.add(member.size + tarfile.BLOCKSIZE, 1)
             if member.isdir():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from convattn import checks
-from convattn.data.listing import PARTS, Found, LeftOut, Listing, is_comparison, is_image, printable, why_no_image
+from convattn.data.listing import PARTS, Found, LeftOut, Listing, is_comparison, is_image, why_no_image
 from convattn.errors import DataError
 
 # left by file managers, never meant
@@ -33,7 +33,7 @@ class Tree:
 
     def shown(self, path: Path) -> str:
         """A path as a message shows it."""
-        return printable(self._name / path.relative_to(self.root))
+        return checks.printable(self._name / path.relative_to(self.root))
 
     def content(self, folder: Path) -> Content:
         """What is directly in a folder, without clutter, comparisons and what cannot be read.
@@ -136,7 +136,9 @@ def scan(root: Path, name: Path | None = None) -> Listing:
             tree.leave_out_loose_images(folder)
             images += _images(tree, top, folder, classes, PARTS.get(key, ""))
     _check_every_class(tree, parent, classes, images)
-    left_out = tuple(LeftOut(printable(_relative(path, top)), why) for path, why in sorted(tree.left_out.items()))
+    left_out = tuple(
+        LeftOut(checks.printable(_relative(path, top)), why) for path, why in sorted(tree.left_out.items())
+    )
     return Listing(tuple(classes), tuple(images), top, left_out=left_out, notes=tuple(notes))
 
 
@@ -164,7 +166,7 @@ def _too_few_classes(tree: Tree, parent: Path) -> DataError:
     expected = f"expected at least 2: {LAYOUT}."
     if folders:
         inside = _counted(len(tree.images(folders[0])), "image")
-        text = f"has only the class folder {printable(folders[0].name)!r} ({inside}), {expected}"
+        text = f"has only the class folder {checks.printable(folders[0].name)!r} ({inside}), {expected}"
     elif loose:
         text = f"has {_counted(len(loose), 'image')} directly in it and 0 class folders, {expected}"
     else:
@@ -179,7 +181,7 @@ def _check_parts(tree: Tree, top: Path, folders: list[Path]) -> None:
     here, listed = tree.shown(top), ", ".join(named)
     if other:
         raise DataError(
-            f"{here} has the folder {printable(other[0])!r} beside {listed}: is it a class, or another part?"
+            f"{here} has the folder {checks.printable(other[0])!r} beside {listed}: is it a class, or another part?"
         )
     if "train" not in map(str.lower, named):
         raise DataError(f"{here} has {listed} but no train folder.{tree.hint()}")
@@ -209,7 +211,7 @@ def _check_classes(tree: Tree, folder: Path, train: Path, classes: list[str]) ->
         odd = sorted(here ^ set(classes))
         raise DataError(
             f"{tree.shown(folder)} and {tree.shown(train)} differ in the class folders "
-            f"{', '.join(map(printable, odd[:5]))}.{tree.hint()}"
+            f"{', '.join(map(checks.printable, odd[:5]))}.{tree.hint()}"
         )
 
 
@@ -235,7 +237,7 @@ def _check_every_class(tree: Tree, parent: Path, classes: list[str], images: lis
             reasons = [f"{tree.shown(path)}: {why}" for path, why in tree.left_out.items() if folder in path.parents]
             left_out = f" Left out: {'; '.join(reasons[:3])}{'; ...' if len(reasons) > 3 else ''}." if reasons else ""
             raise DataError(
-                f"The class {printable(name)!r} has no image in {tree.shown(folder)}: add images, or remove the "
+                f"The class {checks.printable(name)!r} has no image in {tree.shown(folder)}: add images, or remove the "
                 f"folder.{left_out}"
             )
 

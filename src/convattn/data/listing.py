@@ -94,13 +94,6 @@ def is_comparison(folder: Path) -> bool:
     return False
 
 
-def printable(text: object) -> str:
-    """A text in one line that every encoding can write: other characters as escapes of Python, such as \\udce9."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in str(text)
-    )
-
-
 def validation_as_test(listing: Listing) -> Listing:
     """The listing with its validation images as test images.
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from convattn import checks
 from convattn.data import archive, class_folders, table
-from convattn.data.listing import Found, Listing, printable, validation_as_test
+from convattn.data.listing import Found, Listing, validation_as_test
 from convattn.data.split import TEST_SHARE
 from convattn.errors import DataError
 
@@ -140,4 +140,4 @@ def _update(digest: "hashlib.blake2b", path: Path) -> None:
             while block := file.read(1 << 20):
                 digest.update(block)
     except OSError as error:
-        raise DataError(f"{printable(path)} cannot be read ({checks.reason(error)}).") from error
+        raise DataError(f"{checks.printable(path)} cannot be read ({checks.reason(error)}).") from error

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from convattn import checks
-from convattn.data.listing import PARTS, Found, Listing, printable
+from convattn.data.listing import PARTS, Found, Listing
 from convattn.errors import DataError
 
 SUFFIX = ".csv"
@@ -138,8 +138,8 @@ def _delimiter(path: Path, text: str) -> str:
     line, names = max(headers.values(), key=lambda header: len(header[1]))
     lacking = " and ".join(name for name in NEEDED if name not in names)
     raise DataError(
-        f"{path}, line {line}: {EXPECTED}, got {printable(','.join(names))!r}: {lacking} missing (tried the delimiters "
-        f"{', '.join(DELIMITERS.values())})."
+        f"{path}, line {line}: {EXPECTED}, got {checks.printable(','.join(names))!r}: {lacking} missing (tried the "
+        f"delimiters {', '.join(DELIMITERS.values())})."
     )
 
 
