@@ -265,7 +265,7 @@ def test_memory_that_no_machine_has(compare: Callable[..., Any], monkeypatch: py
 def test_needs_are_said_before_the_start(compare: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
     compare(quiet=False)
     first = capsys.readouterr().out.splitlines()[0]
-    assert first.startswith("Needs ") and " are free, and roughly a minute or two with 1 run at a time." in first
+    assert first.startswith("Needs ") and " are free, and roughly 2 min with 1 run at a time." in first
 
 
 def test_a_full_disk_keeps_what_is_done(

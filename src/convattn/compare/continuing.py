@@ -29,15 +29,14 @@ def refuse_other_options(folder: Path, options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         # functions are given again where there are any
         if name not in FUNCTIONS and value is not None and not (value is False and name in SWITCHES):
-            _refuse(folder, [name])
+            _refuse(folder, name)
 
 
-def _refuse(folder: Path, names: Sequence[str]) -> None:
-    if names:
-        raise InvalidOption(
-            f"compare: {names[0]} cannot be given with add_seeds: {folder} goes on as it was begun. Leave it out, or "
-            f"begin another comparison."
-        )
+def _refuse(folder: Path, name: str) -> None:
+    raise InvalidOption(
+        f"compare: {name} cannot be given with add_seeds: {folder} goes on as it was begun. Leave it out, or begin "
+        f"another comparison."
+    )
 
 
 def continued(
@@ -50,9 +49,8 @@ def continued(
     functions_now = _functions(
         folder, options.pop("builds", {}), options.pop("train", None), options.pop("own", {}), given
     )
-    names = {**options, **{key: "" for key in functions_now if key == "backbone"}}
-    names |= {key: [] for key in functions_now if key == "variants"}
-    own_code.check(named_code(names), folder / folders.PLAN, trust)
+    named = {name: value for name, value in options.items() if name not in functions_now}
+    own_code.check(named_code(named), folder / folders.PLAN, trust)
     if "train" in functions_now:
         # they could not be given with a training function
         options = {name: value for name, value in options.items() if name not in OF_OUR_TRAINING}
@@ -116,8 +114,9 @@ def measure_again(folder: str | Path, *, trust: own_code.Trust = (), quiet: bool
 
 
 def named_code(options: Mapping[str, Any]) -> list[str]:
-    """What may be code in the options of a plan: the backbone, and the parts of the variants."""
-    return [options["backbone"], *(name for variant in options["variants"] for name in variant.split("+"))]
+    """What may be code in the options of a plan: the backbone, and the parts of the variants, where they are there."""
+    parts = [name for variant in options.get("variants", []) for name in variant.split("+")]
+    return [*parts, options.get("backbone", "")]
 
 
 def _functions(
@@ -129,7 +128,9 @@ def _functions(
     """
     variants = bool(set(builds) - {BASELINE}) or not all(map(registry.is_known, own))
     needed = {"backbone": BASELINE in builds, "variants": variants, "train": train is not None}
-    _refuse(folder, [name for name in FUNCTIONS if given[name] is not None and not needed[name]])
+    for name in FUNCTIONS:
+        if given[name] is not None and not needed[name]:
+            _refuse(folder, name)
     functions_now = {name: given[name] for name in FUNCTIONS if needed[name]}
     for name, value in functions_now.items():
         listed = isinstance(value, Sequence) and not isinstance(value, str) and any(map(callable, value))

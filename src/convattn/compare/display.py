@@ -109,7 +109,7 @@ class Display:
             # the first steps are slow, and say nothing yet
             return f"{count} of {self.runs} runs"
         left = (time.monotonic() - self.begun) / fresh * (self.runs - done)
-        return f"{count} of {self.runs} runs, {_duration(left)} left"
+        return f"{count} of {self.runs} runs, {duration(left)} left"
 
 
 def _about(progress: Progress) -> str:
@@ -118,10 +118,11 @@ def _about(progress: Progress) -> str:
         text += f"  loss {progress.loss:.3f}  validation {progress.validation_accuracy:.2f} %"
     if progress.diverged:
         return f"{text}  diverged"
-    return text + ("  done" if progress.done == 1 else f"  {_duration(progress.seconds_left)} left")
+    return text + ("  done" if progress.done == 1 else f"  {duration(progress.seconds_left)} left")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds for people: 40 s, 12 min, 3.5 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -402,6 +402,7 @@ def _tuned(options: Options, firsts: Sequence[RunSpec], images: Images, folder: 
     trials = tuning.trials(firsts)
     display.say(f"Choosing a learning rate for each network on validation images, in {len(trials)} trainings:")
     already = sum(finished(folder / RUNS / spec.name) is not None for spec in trials)
+    folders.tell_runs(folder, len(trials), already)
     with display.watch(len(trials), already):
         run_all(trials, images, folder, options.jobs or 1, display.update)
     found = tuning.chosen(options.names, options.learning_rate, folder)
@@ -426,6 +427,7 @@ def _rounds(
         now = replace(options, seeds=seeds, ended=ended)
         planned = specs(now, like)
         already = sum(finished(folder / RUNS / spec.name) is not None for spec in planned)
+        folders.tell_runs(folder, len(planned), already)
         with display.watch(len(planned), already):
             run_all(planned, images, folder, options.jobs or 1, display.update)
         taken = rounds.record(folder, taken, seeds, ended)

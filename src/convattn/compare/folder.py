@@ -7,9 +7,11 @@ import platform
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from datetime import datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ SCHEMA = 2
 # there from the first file to the plan: a folder that has it was left in between and is begun anew
 PREPARING = "preparing"
 UNPACKED = "unpacked"
+# the files that are made before the plan is written
+MADE = (ARRAY, INDEX, LEAKS)
 # what a process that works in the folder holds, and what it says of itself
 LOCK, ACTIVITY = "convattn.lock", "activity.json"
 
@@ -63,6 +67,7 @@ def check_free(folder: Path) -> None:
         if blocking is not None:
             raise ComparisonError(f"{folder} cannot be a folder, since {blocking} is a file: give another --out.")
         names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        names = {name for name in names if not fnmatch(name, files.PARTIAL)}
     except OSError as error:
         raise files.explained(error, folder) from error
     if PLAN in names:
@@ -93,15 +98,6 @@ def read_plan(folder: Path) -> dict[str, Any]:
     if not _are_options(plan.get("options")) or not isinstance(plan.get("fingerprints"), dict):
         raise ComparisonError(f"{folder} has a {PLAN} of something else: give another --out. Nothing was changed.")
     return plan
-
-
-def options_of(folder: Path) -> dict[str, Any]:
-    """The options of a comparison's folder that its runs depend on.
-
-    Raises:
-        ComparisonError: see `read_plan`.
-    """
-    return dict(read_plan(folder)["options"])
 
 
 @contextlib.contextmanager
@@ -148,7 +144,7 @@ def locked(folder: Path, *, wait: bool, say: Callable[[str], None]) -> Iterator[
 def activity(folder: Path) -> dict[str, Any] | None:
     """What the process that works in a folder says of itself; None where none does, or says nothing.
 
-    Gives `pid`, `host`, `since` (local time) and `command`.
+    Gives `pid`, `host`, `since` (local time) and `command`, and once it trains what `tell_runs` wrote.
     """
     filelock = checks.extra("filelock", "Comparing")
     lock = folder / LOCK
@@ -167,10 +163,19 @@ def activity(folder: Path) -> dict[str, Any] | None:
         return {}
 
 
+def tell_runs(folder: Path, runs: int, already: int) -> None:
+    """Write down how many runs the process that works in a folder carries out, of which `already` were done before."""
+    about = files.read_intact(folder / ACTIVITY) or _activity()
+    files.write_json(folder / ACTIVITY, {**about, "runs": runs, "already": already, "training_since": time.time()})
+
+
 @contextlib.contextmanager
 def preparing(folder: Path, options: Options, fingerprints: dict[str, str | None]) -> Iterator[None]:
     """Make a new comparison of what is put into its folder; on any error nothing of it is left."""
     (folder / PREPARING).touch()
+    # what a killed process left may be of other data
+    for name in MADE:
+        (folder / name).unlink(missing_ok=True)
     try:
         yield
         content = {"schema": SCHEMA, "options": options.hashed(), "fingerprints": fingerprints}
@@ -178,7 +183,7 @@ def preparing(folder: Path, options: Options, fingerprints: dict[str, str | None
         (folder / PREPARING).unlink()
     except BaseException:
         clear(folder)
-        for name in (ARRAY, INDEX, LEAKS, PLAN, PREPARING):
+        for name in (*MADE, PLAN, PREPARING):
             (folder / name).unlink(missing_ok=True)
         files.remove_partial(folder)
         raise

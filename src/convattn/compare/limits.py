@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from convattn import cost, files
+from convattn.compare.display import duration
 from convattn.compare.options import Options
 from convattn.data import array_bytes
 from convattn.errors import InvalidOption
@@ -27,6 +28,8 @@ FLOAT_BYTES = 4
 PREDICTION_BYTES = 10
 # a year is more than anybody waits
 LONGEST_HOURS = 8760.0
+# what is said where it takes less, since the first steps and the last ones take time too
+LEAST_SECONDS = 100.0
 # a number that a message need not tell to the digit
 MANY = 10**15
 # images of the step that is timed; of large ones two
@@ -46,10 +49,9 @@ class Needs:
         room = f"Needs {files.size(self.disk)} in {folder}, where {files.size(files.free_bytes(folder))} are free"
         if math.isnan(self.seconds):
             return f"{room}."
-        minutes = self.seconds / jobs / 60
-        duration = f"{minutes:.0f} minutes" if minutes < 100 else f"{minutes / 60:,.0f} hours"
         at_once = f"{jobs} run{'s' if jobs > 1 else ''} at a time"
-        return f"{room}, and roughly {duration if minutes >= 2 else 'a minute or two'} with {at_once}."
+        seconds = max(LEAST_SECONDS, self.seconds / jobs)
+        return f"{room}, and roughly {duration(seconds)} with {at_once}."
 
 
 def needs(options: Options, images: int, size: int, network: nn.Module, folder: Path) -> Needs:

@@ -1,19 +1,21 @@
 """Where a comparison stands, told from its folder by any process, while another one works in it or none does."""
 
 import json
+import math
+import time
 from collections.abc import Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from convattn import checks, files, reporting
 from convattn.compare import folder as folders
 from convattn.compare.controls import expanded
+from convattn.compare.display import duration
 from convattn.compare.rounds import LOOKS
 from convattn.errors import ComparisonError
 from convattn.train import run_name
 from convattn.train.checkpoint import BASELINE
-from convattn.train.run import ERROR, LOG, PLAN, RESULT, RUNS
+from convattn.train.run import ERROR, LOG, PLAN, RESULT, RUNS, TRIAL
 
 
 def status(folder: str | Path) -> list[str]:
@@ -32,7 +34,7 @@ def status(folder: str | Path) -> list[str]:
     if not (folder / folders.PLAN).exists():
         return [*lines, "The images are being decoded; no run has begun."]
     options = folders.read_plan(folder)["options"]
-    return [*lines, *_runs(folder, options), *_looks(folder)]
+    return [*lines, *_runs(folder, options, about or {}), *_looks(folder)]
 
 
 def _at_work(about: dict[str, Any] | None, *, complete: bool) -> str:
@@ -42,17 +44,31 @@ def _at_work(about: dict[str, Any] | None, *, complete: bool) -> str:
     return f"At work: {where}, since {about.get('since', '?')} ({checks.shown(about.get('command', '?'))})."
 
 
-def _runs(folder: Path, options: dict[str, Any]) -> Iterator[str]:
+def _runs(folder: Path, options: dict[str, Any], about: dict[str, Any]) -> Iterator[str]:
     """The number of runs that are done, and a line for each that is under way or broke."""
     names = [BASELINE, *options["variants"], *expanded(options["controls"], options["variants"])]
-    finished = {path.parent.name for path in (folder / RUNS).glob(f"*/{RESULT}")}
+    everything = {path.parent.name for path in (folder / RUNS).glob(f"*/{RESULT}")}
+    trials = {name for name in everything if name.startswith(TRIAL)}
+    finished = everything - trials
+    if trials:
+        yield f"{len(trials)} trials of learning rates are done."
     begun = sorted(path.parent for path in (folder / RUNS).glob(f"*/{PLAN}"))
-    waiting = [path for path in begun if path.name not in finished]
+    waiting = [path for path in begun if path.name not in everything]
     each = ", ".join(f"{name} {sum(_is_of(run, name) for run in finished)}" for name in names)
     yield f"{len(finished)} run{' is' if len(finished) == 1 else 's are'} done: {each}."
+    if about.get("runs"):
+        yield _left(about, len(trials) if len(finished) == 0 and trials else len(finished))
     for path in waiting:
         broken = " (it broke: see its error.txt)" if (path / ERROR).exists() else ""
         yield f"  {path.name:<24} {_progress(path, options['epochs'])}{broken}"
+
+
+def _left(about: dict[str, Any], done: int) -> str:
+    """How many runs the process that works here has left, and about how long they take."""
+    fresh, left = done - about["already"], about["runs"] - done
+    seconds = (time.time() - about["training_since"]) / fresh * left if fresh > 0 else math.nan
+    how_long = "" if math.isnan(seconds) else f", about {duration(seconds)}"
+    return f"{left} of {about['runs']} runs are left{how_long}."
 
 
 def _is_of(run: str, name: str) -> bool:
@@ -64,7 +80,7 @@ def _progress(folder: Path, epochs: int) -> str:
     try:
         lines = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
         last, when = lines[-1], (folder / LOG).stat().st_mtime
-        ago = datetime.now(timezone.utc).timestamp() - when
+        ago = time.time() - when
         return (
             f"epoch {last['epoch']:>3} of {epochs}  loss {last['loss']:.3f}  validation "
             f"{last['validation_accuracy']:.2f} %  {ago:,.0f} s ago"

@@ -36,6 +36,8 @@ from convattn.train.recipe import LONGEST_GRADIENT, Recipe
 
 # where the folders of the runs are in that of a comparison
 RUNS = "runs"
+# what the names of trials of a learning rate begin with
+TRIAL = "trial-"
 PLAN, LOG, RESULT = "plan.json", "log.jsonl", "result.json"
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "previous.pt"
 WEIGHTS, PREDICTIONS = "weights.safetensors", "predictions.npz"
@@ -107,7 +109,7 @@ def run_name(variant: str, seed: int, fold: int | None = None) -> str:
 
 def trial_name(variant: str, seed: int, rate: float) -> str:
     """The name of the folder of a trial of a learning rate."""
-    return f"trial-{run_name(variant, seed)}-rate{rate:g}"
+    return f"{TRIAL}{run_name(variant, seed)}-rate{rate:g}"
 
 
 @dataclass(frozen=True)
