@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import errno
 import json
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -296,9 +298,9 @@ def test_a_failure_while_saving_keeps_what_was_saved(tmp_path: Path, monkeypatch
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def full(*args: Any) -> None:
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         save(moved(model), tmp_path)
     monkeypatch.undo()

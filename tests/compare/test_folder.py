@@ -117,10 +117,12 @@ MIDWAY = (
     *(f"runs/se-seed0/{name}" for name in ("plan.json", "log.jsonl", "checkpoint.pt", "previous.pt")),
     *(f"runs/baseline-seed0/{name}" for name in ("result.json", "predictions.npz", "weights.safetensors")),
 )
+QUICK = ["plan.json", "looks.json", "leaks.json", "results.json", "images.npy", "runs/se-seed0/checkpoint.pt"]
+QUICK += ["runs/se-seed1/result.json", "runs/baseline-seed0/predictions.npz"]
 CASES = [("done", name) for name in AT_THE_END] + [("midway", name) for name in MIDWAY]
 
 
-@pytest.mark.slow_unless(kind="random")
+@pytest.mark.slow_unless(kind="random", name=QUICK)
 @pytest.mark.parametrize("kind", ["random", "empty", "truncated", "flipped"])
 @pytest.mark.parametrize(("state", "name"), CASES)
 def test_the_same_command_mends_a_damaged_file(

@@ -116,7 +116,7 @@ def measure_again(folder: str | Path, *, trust: own_code.Trust = (), quiet: bool
 def named_code(options: Mapping[str, Any]) -> list[str]:
     """What may be code in the options of a plan: the backbone, and the parts of the variants, where they are there."""
     parts = [name for variant in options.get("variants", []) for name in variant.split("+")]
-    return [*parts, options.get("backbone", "")]
+    return [options.get("backbone", ""), *parts]
 
 
 def _functions(
