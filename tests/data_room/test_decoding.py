@@ -13,8 +13,10 @@ from PIL import Image, ImageOps
 
 from convattn.data import Images, Scale, decode, decoding, open_source, read_image
 from convattn.data.decoding import Range
-from convattn.errors import DataError
-from small_runs import CLASSES, decoded
+from convattn.errors import DataError, WeightsError
+from convattn.showing.watching import watch
+from convattn.train import Recipe, RunSpec, checkpoint, execute
+from small_runs import CLASSES, decoded, write_network
 
 SIDE = 16
 
@@ -362,3 +364,33 @@ def test_the_folder_keeps_no_partial_array(tmp_path: Path) -> None:
     listing = open_source(data).listing(tmp_path / "unpacked")
     decode(listing, tmp_path / "out", image_size=None, wanted_size=None)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["images.json", "images.npy"]
+
+
+def test_the_scale_is_kept_with_a_network(tmp_path: Path) -> None:
+    """So that whatever is shown to it later looks as its training images did."""
+    data = tmp_path / "data"
+    for index, name in enumerate(CLASSES):
+        for image in range(10):
+            write_png(data / name / f"{image}.png", levels(12, seed=10 * index + image))
+    images = decoded(data, tmp_path / "out")
+    network = f"{write_network(tmp_path)}:network"
+    spec = RunSpec("se", 0, network, None, "paper", Recipe(1, 8, 0.1, 0.0), False, "cpu", 1)
+    execute(spec, images, tmp_path / "run", lambda progress: None)
+    _, about = checkpoint.load(tmp_path / "run" / "weights.safetensors", trust=network)
+    assert about["scale"] == {"low": 0, "high": 4095}
+    # alone it would be taken for an image of 9 bits
+    dark = write_png(tmp_path / "dark.png", levels(9))
+    seen = watch(tmp_path / "run" / "weights.safetensors", [dark], None, trust=network).images
+    assert np.array_equal(seen[0], eight_bits(levels(9), 12))
+    assert np.array_equal(read_image(dark, SIDE), eight_bits(levels(9), 9))
+
+
+@pytest.mark.parametrize(
+    "scale", [3, {}, {"low": 0}, {"low": 5, "high": 5}, {"low": 0, "high": 1e3}, {"low": 0, "high": 2**40}]
+)
+def test_a_broken_scale_is_no_checkpoint(tmp_path: Path, scale: object) -> None:
+    about = {"backbone": "resnet20", "variant": "baseline", "start": "paper", "classes": ["a", "b"], "image_size": 8}
+    about |= {"mean": [0.5] * 3, "std": [0.5] * 3, "scale": scale}
+    checkpoint.save(tmp_path / "a.safetensors", checkpoint.build(about), about)
+    with pytest.raises(WeightsError, match="not what they belong to"):
+        checkpoint.load(tmp_path / "a.safetensors")

@@ -301,7 +301,7 @@ def _decoded(options: Options, source: Source, listing: Listing | None, folder: 
         wanted = getattr(network, "input_size", None)
         size = options.image_size or default_size(listing, wanted)
         needs = limits.needs(options, len(listing.found), size, network, folder)
-        display.say(needs.sentence(folder, options.jobs or limits.default_jobs(options, needs.memory)))
+        display.say(needs.sentence(folder))
         check_networks(options, network, len(listing.classes))
         display.say(f"Decoding {len(listing.found):,} images ...")
         images = decode(listing, folder, image_size=size, wanted_size=wanted, progress=display.count("images"))
@@ -374,9 +374,12 @@ def _carried_out(options: Options, images: Images, folder: Path, display: Displa
         display.say(f"These are few test images: with --folds 5, each of {len(images.labels):,} images is tested.")
     _tell_what_is_wrong(images, options.folds, folder, display)
     starts = _start_accuracies(firsts, images, folder, display)
-    seen = stats.detectable(options.seeds, tests, variants=len(options.variants), folds=options.folds)
+    groups = leaks.units(images, options.folds, leaks.search(images, options.folds, folder))
+    count = tests if groups is None else len(set(groups.tolist()))
+    seen = stats.detectable(options.seeds, count, variants=len(options.variants), folds=options.folds)
+    grouped = "" if groups is None else f" in {count:,} groups"
     display.say(
-        f"With {options.seeds} seeds and {tests:,} test images, this comparison can see gains of about "
+        f"With {options.seeds} seeds and {tests:,} test images{grouped}, this comparison can see gains of about "
         f"{seen:.1f} points or more."
         if seen is not None
         else "With a single seed this comparison can see no gain: it has no interval. Take at least 2, better 5."

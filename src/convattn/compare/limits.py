@@ -38,20 +38,19 @@ TIMED = 8
 
 @dataclass(frozen=True)
 class Needs:
-    """What a comparison needs: bytes on disk, bytes of memory for a run, seconds of one process in all."""
+    """What a comparison needs: bytes on disk, and seconds with so many runs at a time; nan where they are not known."""
 
     disk: int
-    memory: int
+    jobs: int
     seconds: float
 
-    def sentence(self, folder: Path, jobs: int) -> str:
+    def sentence(self, folder: Path) -> str:
         """The needs in words, beside what there is."""
         room = f"Needs {files.size(self.disk)} in {folder}, where {files.size(files.free_bytes(folder))} are free"
         if math.isnan(self.seconds):
             return f"{room}."
-        at_once = f"{jobs} run{'s' if jobs > 1 else ''} at a time"
-        seconds = max(LEAST_SECONDS, self.seconds / jobs)
-        return f"{room}, and roughly {duration(seconds)} with {at_once}."
+        at_once = f"{self.jobs} run{'s' if self.jobs > 1 else ''} at a time"
+        return f"{room}, and roughly {duration(max(LEAST_SECONDS, self.seconds))} with {at_once}."
 
 
 def needs(options: Options, images: int, size: int, network: nn.Module, folder: Path) -> Needs:
@@ -75,7 +74,8 @@ def needs(options: Options, images: int, size: int, network: nn.Module, folder: 
             f"{files.size(memory)} of memory, and this machine has {files.size(total_memory())}: lower --batch-size or "
             f"--image-size."
         )
-    return Needs(disk, memory, _check_time(options, images, size, network))
+    jobs = options.jobs or default_jobs(options, memory)
+    return Needs(disk, jobs, _check_time(options, images, size, network, min(jobs, count_runs(options))))
 
 
 def count_runs(options: Options) -> int:
@@ -109,20 +109,24 @@ def memory_of_run(options: Options, size: int, network: nn.Module) -> int:
     return PROCESS_BYTES + COPIES * _weight_bytes(network) + _map_bytes(network, options.batch_size, size)
 
 
-def _check_time(options: Options, images: int, size: int, network: nn.Module) -> float:
-    """The seconds that all runs take one after the other, estimated from steps of the baseline; nan if it has none.
+def _check_time(options: Options, images: int, size: int, network: nn.Module, jobs: int) -> float:
+    """The seconds that all runs take, estimated from steps of the baseline; nan if it has none.
 
     Raises:
         InvalidOption: more than a year.
     """
     if options.train is not None:
         return math.nan
+    cores = torch.get_num_threads()
+    torch.set_num_threads(options.threads or cores)
     try:
         seconds = _seconds_an_image(network, size, torch.device(options.device)) * images
     # a network that does not take the images is told of with its reason, later
     except Exception:
         return math.nan
-    total = float(min(count_runs(options) * options.epochs, MANY)) * seconds
+    finally:
+        torch.set_num_threads(cores)
+    total = float(min(count_runs(options) * options.epochs, MANY)) * seconds / jobs
     if total / 3600 > LONGEST_HOURS:
         raise InvalidOption(
             f"compare: {_many(count_runs(options))} runs of {_many(options.epochs)} epochs take about "
