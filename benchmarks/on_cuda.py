@@ -3,7 +3,7 @@
 Where the host cannot start kernels as fast as they end, this is what is left of a time taken from the host, which is
 given beside it for the network. For the host's times on maps there is `convattn bench --device cuda`.
 
-python benchmarks/cuda.py [--dtype bfloat16] [--images 256] [--repeats 12]
+python benchmarks/on_cuda.py [--dtype bfloat16] [--images 256] [--repeats 12]
 """
 
 import argparse
