@@ -1,8 +1,8 @@
 """One image file decoded, whatever its format: three channels of bytes, or whole numbers of more than 8 bits.
 
 JPEG is decoded by imagecodecs, which gives the same pixels as Pillow in 0.17 of its time at 32 pixels, 0.39 at 128 and
-0.49 at 512, torchvision's deprecated decoder in 0.48 to 0.58 (benchmarks/results/decoding.md); TIFF with more than 8 bits
-a channel by tifffile and such PNG by imagecodecs, since Pillow cuts their colours off to 8; all else by Pillow.
+0.49 at 512, torchvision's deprecated decoder in 0.48 to 0.58 (benchmarks/results/decoding.md); TIFF with more than 8
+bits a channel by tifffile and such PNG by imagecodecs, since Pillow cuts their colours off to 8; all else by Pillow.
 """
 
 import contextlib
