@@ -65,7 +65,10 @@ def running(name: str) -> Iterator[None]:
     timer.daemon = True
     timer.start()
     try:
-        with contextlib.redirect_stdout(_Prefixed(name)):
+        # with what files have that are written to: bytes, an encoding, a number
+        raw: Any = _Prefixed(name)
+        writer = io.TextIOWrapper(raw, "utf-8", errors="backslashreplace", write_through=True)
+        with contextlib.redirect_stdout(writer):
             yield
     except SystemExit as error:
         raise EndedProgram(f"it ended the program, as by sys.exit({error.code!r})") from error
@@ -77,17 +80,23 @@ class EndedProgram(RuntimeError):
     """Code of the user that ended the program in place of returning."""
 
 
-class _Prefixed(io.TextIOBase):
+class _Prefixed(io.RawIOBase):
     """Writes lines to the standard error, each with the name of the code that wrote it."""
 
     def __init__(self, name: str) -> None:
-        self._name, self._begun = name, ""
+        self._name, self._begun = name, b""
 
-    def write(self, text: str) -> int:
-        *lines, self._begun = (self._begun + text).split("\n")
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return sys.stderr.fileno()
+
+    def write(self, content: Any) -> int:
+        *lines, self._begun = (self._begun + bytes(content)).split(b"\n")
         for line in lines:
-            sys.stderr.write(f"{self._name}: {line}\n")
-        return len(text)
+            sys.stderr.write(f"{self._name}: {line.decode(errors='backslashreplace')}\n")
+        return len(content)
 
 
 def _tell_long(name: str) -> None:

@@ -532,7 +532,9 @@ def test_code_that_prints_or_takes_long(
     file = tmp_path / "mine.py"
     file.write_text(
         "import time\nfrom torch import nn\nprint('loading')\n"
+        "import sys\n"
         "def slow(classes=3):\n    print('building\\nslowly', end='')\n    print()\n    time.sleep(1)\n"
+        "    sys.stdout.buffer.write(b'\\xff\\n')\n    sys.stdout.reconfigure(line_buffering=True)\n"
         "    return nn.Linear(3, classes)\n"
     )
     networks.create(f"{file}:slow")
@@ -543,4 +545,5 @@ def test_code_that_prints_or_takes_long(
         f"{file}:slow: building",
         f"{file}:slow: slowly",
         f"convattn: {file}:slow has been running for 0 seconds and has not returned yet.",
+        f"{file}:slow: \\xff",
     ]

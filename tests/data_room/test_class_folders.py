@@ -11,7 +11,7 @@ import pytest
 
 from convattn.data import Listing, open_source
 from convattn.data.class_folders import scan
-from convattn.data.listing import image_suffixes, is_comparison
+from convattn.data.listing import LeftOut, image_suffixes, is_comparison
 from convattn.errors import DataError
 from small_runs import CLASSES, write_images, write_parts
 
@@ -339,3 +339,14 @@ def test_a_comparison_as_data(data: Path) -> None:
     (data / "runs").mkdir()
     with pytest.raises(DataError, match=r"/data is a comparison of convattn, expected data: one folder for each class"):
         scan(data)
+
+
+def test_a_link_to_a_folder_above_takes_no_images_of_other_classes(tmp_path: Path) -> None:
+    data = write_images(tmp_path / "data", count=3)
+    whole = open_source(data).listing(tmp_path / "unpacked")
+    (data / "red" / "loop").symlink_to(data)
+    (data / "red" / "itself").symlink_to(data / "red")
+    listing = open_source(data).listing(tmp_path / "unpacked")
+    assert listing.found == whole.found
+    reason = "a link to a folder that is read already"
+    assert listing.left_out == (LeftOut("red/itself", reason), LeftOut("red/loop", reason))

@@ -72,13 +72,24 @@ def _run_in_processes(specs: Sequence[RunSpec], folder: Path, jobs: int, watch: 
     try:
         with _interrupts_held():
             for worker in workers:
-                worker.start()
+                _start(worker)
         _follow(len(specs), workers, events, watch)
     finally:
         for worker in workers:
             if worker.pid is not None:
                 worker.terminate()
                 worker.join()
+
+
+def _start(worker: Any) -> None:
+    try:
+        worker.start()
+    # in a process that runs the user's script once more, to import what is in it
+    except RuntimeError as error:
+        raise InvalidOption(
+            'compare: with jobs above 1 a script has to call this below `if __name__ == "__main__":`, since every '
+            "process imports the script; or take jobs=1."
+        ) from error
 
 
 @contextlib.contextmanager

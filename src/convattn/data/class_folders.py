@@ -48,15 +48,17 @@ class Tree:
     def files(self, folder: Path) -> list[Path]:
         """All files below a folder, through links as well, sorted."""
         files: list[Path] = []
-        entered: set[str] = set()
+        # a folder that links to one above it would be entered for ever, and take the images of other classes with it
+        entered = {os.path.realpath(path) for path in folder.parents}
         waiting = [folder]
         while waiting:
             here = waiting.pop()
-            # a folder that links to one above it would be entered for ever
             entered.add(os.path.realpath(here))
             content = self.content(here)
             files += content.files
-            waiting += [path for path in reversed(content.folders) if os.path.realpath(path) not in entered]
+            again = [path for path in content.folders if os.path.realpath(path) in entered]
+            self.left_out.update(dict.fromkeys(again, "a link to a folder that is read already"))
+            waiting += [path for path in reversed(content.folders) if path not in again]
         return sorted(files)
 
     def images(self, folder: Path) -> list[Path]:
