@@ -95,8 +95,8 @@ def read_json(path: Path, *, from_anywhere: bool = False) -> dict[str, Any] | No
         body = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    # ValueError: no JSON, no text, or a number of thousands of digits
-    except (ValueError, RecursionError) as error:
+    # ValueError: no JSON, no text, or a number of thousands of digits; or a folder lies in the place of the file
+    except (ValueError, RecursionError, IsADirectoryError) as error:
         raise DamagedFile(f"{path} is damaged ({checks.reason(error)}).") from error
     if not isinstance(body, dict):
         raise DamagedFile(f"{path} is damaged (it is a {type(body).__name__}, not an object).")

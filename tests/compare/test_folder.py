@@ -139,6 +139,12 @@ def test_the_same_command_mends_a_damaged_file(
     assert essence(out) == essence(halves["done"])
 
 
+def test_a_folder_in_the_place_of_the_plan(tmp_path: Path, compare: Callable[..., Any]) -> None:
+    (tmp_path / "out" / "plan.json").mkdir(parents=True)
+    with pytest.raises(ComparisonError, match=r"plan\.json is damaged \(.*directory.*put back a copy"):
+        compare()
+
+
 def test_damage_is_told(
     halves: dict[str, Path], tmp_path: Path, compare: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

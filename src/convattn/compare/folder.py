@@ -41,7 +41,7 @@ def check(folder: Path, options: Options, fingerprints: dict[str, str | None]) -
         ComparisonError: it holds another one, or something else, or what the runs depend on has changed since.
     """
     check_free(folder)
-    if not (folder / PLAN).is_file():
+    if not (folder / PLAN).exists():
         return False
     plan, options_now = read_plan(folder), options.hashed()
     differing = [key for key in options_now if plan["options"].get(key) != options_now[key]]
@@ -91,6 +91,8 @@ def read_plan(folder: Path) -> dict[str, Any]:
             f"{error} It says what the runs in {folder} are, so that they cannot be continued: put back a copy of it, "
             f"or give another --out."
         ) from error
+    except OSError as error:
+        raise files.explained(error, folder) from error
     if plan is None:
         raise ComparisonError(f"{folder} holds no comparison: give the folder of one. Nothing was changed.")
     if plan.get("schema") != SCHEMA:
