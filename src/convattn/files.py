@@ -93,7 +93,7 @@ def read_json(path: Path, *, from_anywhere: bool = False) -> dict[str, Any] | No
     """
     try:
         body = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     # ValueError: no JSON, no text, or a number of thousands of digits; or a folder lies in the place of the file
     except (ValueError, RecursionError, IsADirectoryError) as error:

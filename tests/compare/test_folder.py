@@ -506,6 +506,20 @@ def test_measuring_needs_no_images(
         measure_again(tmp_path / "empty")
 
 
+@pytest.mark.parametrize(
+    "name", ["images.json", "leaks.json", "runs/se-seed1/result.json", "runs/se-seed1/predictions.npz", "results.json"]
+)
+def test_measuring_in_a_damaged_folder(halves: dict[str, Path], world: Path, tmp_path: Path, name: str) -> None:
+    out = Path(shutil.copytree(halves["done"], tmp_path / "copied"))
+    (out / name).write_bytes(b"damage")
+    before = contents(out)
+    with pytest.raises(ComparisonError, match=r"[Gg]ive the command that began"):
+        measure_again(out, trust=f"{world / 'network.py'}:network", quiet=True)
+    assert contents(out) == before
+    with pytest.raises(ComparisonError, match="holds no comparison"):
+        measure_again(world / "network.py")
+
+
 # code of the user
 
 

@@ -7,15 +7,17 @@ from typing import Any
 
 from convattn import checks, files, own_code, registry, reporting
 from convattn.compare import folder as folders
-from convattn.compare import rounds, timing
+from convattn.compare import leaks, rounds, timing
 from convattn.compare.display import Display
-from convattn.compare.options import OF_OUR_TRAINING, parse
-from convattn.compare.results import assemble
+from convattn.compare.options import OF_OUR_TRAINING, Options, parse
+from convattn.compare.results import assemble, runs_of
 from convattn.compare.specs import specs
 from convattn.data import Images
-from convattn.errors import ComparisonError, InvalidOption
+from convattn.errors import ComparisonError, DamagedFile, InvalidOption
+from convattn.train import verified
 from convattn.train.checkpoint import BASELINE
 from convattn.train.controls import NOISE
+from convattn.train.run import RUNS, TRIAL
 
 RESULTS = reporting.RESULTS
 # options that no folder keeps
@@ -100,7 +102,7 @@ def measure_again(folder: str | Path, *, trust: own_code.Trust = (), quiet: bool
         options, smallest_gain=before["setting"]["smallest_gain_points"], weights=plan["options"]["weights"]
     )
     with registry.also(options.own), folders.locked(folder, wait=False, say=display.warn):
-        images = Images.load(folder)
+        images = _check_done(folder, replace(options, ended=taken.ended))
         # the weights change no time
         firsts = specs(replace(options, seeds=1, weights=None), None)[: len(options.names)]
         (folder / timing.COST).unlink(missing_ok=True)
@@ -111,6 +113,26 @@ def measure_again(folder: str | Path, *, trust: own_code.Trust = (), quiet: bool
         results = assemble(options, images, folder, starts, costs, taken) | {"command": before["command"]}
         files.write_json(folder / RESULTS, results)
         return reporting.write(results, folder)
+
+
+def _check_done(folder: Path, options: Options) -> Images:
+    """The images of a comparison whose runs are all done and undamaged, without their pixels.
+
+    Raises:
+        ComparisonError: something is missing or damaged, which the command that began the comparison makes again.
+    """
+    again = "Give the command that began the comparison once more."
+    try:
+        images = Images.load(folder)
+        runs = [run for name in options.names for run in runs_of(folder, name, options)]
+        if options.tune:
+            runs += list((folder / RUNS).glob(f"{TRIAL}*"))
+        missing = [run for run in runs if verified(run) is None]
+    except DamagedFile as error:
+        raise ComparisonError(f"{error} {again}") from error
+    if missing or files.read_intact(folder / leaks.LEAKS) is None:
+        raise ComparisonError(f"{missing[0] if missing else folder / leaks.LEAKS} is missing or damaged. {again}")
+    return images
 
 
 def named_code(options: Mapping[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from convattn.train.run import (
     run_name,
     start_accuracy,
     trial_name,
+    verified,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "run_name",
     "start_accuracy",
     "trial_name",
+    "verified",
 ]

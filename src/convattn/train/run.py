@@ -407,6 +407,22 @@ def finished(folder: Path) -> dict[str, Any] | None:
     return files.read_json(folder / RESULT)
 
 
+def verified(folder: Path) -> dict[str, Any] | None:
+    """The result of a run that is done, else None, once what belongs to it was read and found to be what was written.
+
+    Raises:
+        DamagedFile: the result, its predictions or its weights are not; or the predictions are missing.
+    """
+    result = finished(folder)
+    for name, digest in (result or {}).get("files", {}).items():
+        path = folder / name
+        if not path.exists() and name == PREDICTIONS:
+            raise DamagedFile(f"{path} is missing.")
+        if path.exists() and files.digest(path) != digest:
+            raise DamagedFile(f"{path} is damaged (its checksum is wrong).")
+    return result
+
+
 def describe(spec: RunSpec, folder: Path) -> None:
     """Write down what a run is, where that is missing or damaged."""
     if files.read_intact(folder / PLAN) is None:
@@ -426,13 +442,7 @@ def repair(folder: Path) -> list[str]:
         return []
     files.remove_partial(folder)
     try:
-        result = finished(folder)
-        for name, digest in (result or {}).get("files", {}).items():
-            path = folder / name
-            if not path.exists() and name == PREDICTIONS:
-                raise DamagedFile(f"{path} is missing.")
-            if path.exists() and files.digest(path) != digest:
-                raise DamagedFile(f"{path} is damaged (its checksum is wrong).")
+        result = verified(folder)
     except DamagedFile as error:
         for name in (RESULT, WEIGHTS, PREDICTIONS, LOG):
             (folder / name).unlink(missing_ok=True)
