@@ -479,12 +479,25 @@ def test_an_unfinished_run_with_a_damaged_file(
     path = tmp_path / "broken" / name
     path.write_bytes(damage_of(kind)(path.read_bytes()))
     lines = run.repair(tmp_path / "broken")
-    assert [line for line in lines if name in line and "is damaged" in line] == (lines if name.endswith(".pt") else [])
+    ends = {"checkpoint.pt": "The run goes on from previous.pt.", "previous.pt": "The run goes on from checkpoint.pt."}
+    assert len(lines) == (name in ends)
+    assert all(f"{name} is damaged (" in line and line.endswith(ends[name]) for line in lines)
     told: list[Progress] = []
     execute(spec(network), images, tmp_path / "broken", told.append)
     assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
     # of nine steps; the checkpoint is of the sixth, the one before of the fifth
     assert told[0].done == pytest.approx((6 if name == "checkpoint.pt" else 7) / 9)
+
+
+def test_an_unfinished_run_without_any_checkpoint_left(images: Images, network: Path, tmp_path: Path) -> None:
+    execute(spec(network), images, tmp_path / "whole", quiet)
+    with pytest.raises(Interrupted):
+        execute(spec(network), images, tmp_path / "broken", stop_after(6))
+    for name in ("checkpoint.pt", "previous.pt"):
+        (tmp_path / "broken" / name).write_bytes(b"damage")
+    assert [line.endswith("The run begins anew.") for line in run.repair(tmp_path / "broken")] == [True, True]
+    execute(spec(network), images, tmp_path / "broken", quiet)
+    assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("kind", DAMAGES)

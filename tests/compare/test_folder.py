@@ -154,7 +154,7 @@ def test_damage_is_told(
     compare()
     said = capsys.readouterr().err
     assert "images.npy is damaged" in said and "The images are decoded again." in said
-    assert "checkpoint.pt is damaged (its checksum is wrong). The run goes on from the checkpoint before it." in said
+    assert "checkpoint.pt is damaged (its checksum is wrong). The run goes on from previous.pt." in said
     assert "result.json is damaged" in said and "The run is trained again." in said
 
 

@@ -213,10 +213,11 @@ class Run:
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.network.parameters(), LONGEST_GRADIENT)
         self.optimizer.step()
-        if not math.isfinite(loss.item()):
-            raise _Diverged(self.step // len(self.batches) + 1, f"the training loss is {loss.item()}")
+        value = loss.item()
+        if not math.isfinite(value):
+            raise _Diverged(self.step // len(self.batches) + 1, f"the training loss is {value}")
         self.step += 1
-        self.loss_sum += loss.item()
+        self.loss_sum += value
 
     def _end_epoch(self, epoch: int) -> None:
         labels = self.images.labels[self.split.validation]
@@ -448,7 +449,7 @@ def repair(folder: Path) -> list[str]:
             (folder / name).unlink(missing_ok=True)
         return [f"{error} The run is trained again."]
     if result is None:
-        return [line for name in (CHECKPOINT, PREVIOUS) for line in _check_sealed(folder / name)]
+        return _remove_damaged_checkpoints(folder)
     _clean_up(folder)
     if result["history"] and _text(folder / LOG) != log_lines(result["history"]):
         files.write(folder / LOG, log_lines(result["history"]))
@@ -460,13 +461,18 @@ def log_lines(history: list[dict[str, float]]) -> str:
     return "".join(json.dumps(line) + "\n" for line in history)
 
 
-def _check_sealed(path: Path) -> list[str]:
-    try:
-        files.read_sealed(path)
-    except DamagedFile as error:
-        path.unlink()
-        return [f"{error} The run goes on from the checkpoint before it."]
-    return []
+def _remove_damaged_checkpoints(folder: Path) -> list[str]:
+    """Remove the checkpoints that are not what was written; a sentence about each."""
+    damaged: dict[str, DamagedFile] = {}
+    for name in (CHECKPOINT, PREVIOUS):
+        try:
+            files.read_sealed(folder / name)
+        except DamagedFile as error:
+            damaged[name] = error
+            (folder / name).unlink()
+    left = [name for name in (CHECKPOINT, PREVIOUS) if (folder / name).exists()]
+    then = f"goes on from {left[0]}" if left else "begins anew"
+    return [f"{error} The run {then}." for error in damaged.values()]
 
 
 def _clean_up(folder: Path) -> None:
