@@ -108,7 +108,7 @@ def measure_again(folder: str | Path, *, trust: own_code.Trust = (), quiet: bool
         (folder / timing.COST).unlink(missing_ok=True)
         display.say("Measuring what each variant costs ...")
         costs = timing.measure(options, [spec for spec in firsts if spec.variant != NOISE], images, folder)
-        starts = {one["name"]: one["start_accuracy"] for one in (before["baseline"], *before["variants"])}
+        starts = {network["name"]: network["start_accuracy"] for network in (before["baseline"], *before["variants"])}
         starts = dict.fromkeys(options.names) | starts
         results = assemble(options, images, folder, starts, costs, taken) | {"command": before["command"]}
         files.write_json(folder / RESULTS, results)

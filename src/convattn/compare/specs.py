@@ -51,4 +51,4 @@ def _spec(options: Options, variant: str, seed: int, *, fold: int | None, like: 
 def _sent(options: Options, variant: str) -> tuple[registry.Entry, ...]:
     """The user's own modules of a network, but for those of a file, which every process loads by itself."""
     modules = checkpoint.modules_of(variant)
-    return tuple(one for one in options.own if one.name in modules and not own_code.is_named(one.name))
+    return tuple(entry for entry in options.own if entry.name in modules and not own_code.is_named(entry.name))

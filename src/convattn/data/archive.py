@@ -1,6 +1,5 @@
 """Archives unpacked within limits: nothing is written outside the folder, and no more than the disk can hold."""
 
-import errno
 import os
 import shutil
 import stat
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from convattn import checks
+from convattn import checks, files
 from convattn.data.listing import LeftOut
 from convattn.errors import DataError
 
@@ -29,7 +28,6 @@ LONGEST_LINK = 4096
 ADVICE = "unpack it yourself if you trust it, and give the folder."
 # the numbers of systems in zip archives
 WINDOWS, UNIX = 0, {3, 19}
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class _Target:
@@ -58,10 +56,12 @@ class _Target:
         if self.members > MOST_MEMBERS:
             self.refuse(f"it has more than {MOST_MEMBERS:,} members; {ADVICE}")
         if self.size > self._limit and self._limit == self._free:
-            self.refuse(f"it unpacks to {least}{_size(self.size)}, and the disk has {_size(self._free)} left.")
+            self.refuse(
+                f"it unpacks to {least}{files.size(self.size)}, and the disk has {files.size(self._free)} left."
+            )
         if self.size > self._limit:
             ratio = self.size // max(1, self._packed)
-            self.refuse(f"it unpacks to {least}{_size(self.size)}, {ratio:,} times its size; {ADVICE}")
+            self.refuse(f"it unpacks to {least}{files.size(self.size)}, {ratio:,} times its size; {ADVICE}")
 
     def path(self, name: str) -> Path:
         """Where a member goes.
@@ -109,7 +109,7 @@ class _Target:
                 made.append((name, path))
             # a member of the same name, or a disk without links
             except OSError as error:
-                if error.errno in DISK_FULL:
+                if error.errno in files.NO_ROOM:
                     raise
                 self.leave_out(name, f"a link that cannot be made ({error.strerror})")
         # where a link leads depends on all others
@@ -137,7 +137,7 @@ def unpack(archive: Path, folder: Path) -> tuple[LeftOut, ...]:
         raise
     # whatever the decompressors raise: TarError, BadZipFile, LZMAError, zlib.error, EOFError, a wrong password
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
+        if isinstance(error, OSError) and error.errno in files.NO_ROOM:
             raise
         raise DataError(
             f"{checks.printable(archive)} cannot be unpacked: {checks.reason(error).rstrip('.:')}."
@@ -190,7 +190,7 @@ class _Decompressed:
     def read(self, size: int) -> bytes:
         if size > MOST_HEADER:
             # the reader takes a `ReadError` for another compression
-            raise ValueError(f"a header of {_size(size)}")
+            raise ValueError(f"a header of {files.size(size)}")
         return self._stream.read(size)
 
 
@@ -244,10 +244,3 @@ def _link(target: _Target, member: tarfile.TarInfo) -> None:
         except OSError:
             with source.open("rb") as content:
                 target.write(member.name, content, counted=False)
-
-
-def _size(size: int) -> str:
-    for unit, one in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if size >= one:
-            return f"{size / one:.1f} {unit}"
-    return f"{size:,} bytes"

@@ -58,10 +58,10 @@ class Scale:
         Where there are negative values it goes from the lowest to the highest one.
         """
         ranges = list(ranges)
-        low, high = min(one.low for one in ranges), max(one.high for one in ranges)
+        low, high = min(values.low for values in ranges), max(values.high for values in ranges)
         if low < 0:
             return cls(low, max(high, low + 1))
-        return cls(0, (1 << max(8, high.bit_length(), *(one.bits for one in ranges))) - 1)
+        return cls(0, (1 << max(8, high.bit_length(), *(values.bits for values in ranges))) - 1)
 
     def bytes(self, values: np.ndarray) -> np.ndarray:
         """Whole numbers as bytes, rounded."""

@@ -124,7 +124,7 @@ class Images:
             parts=tuple(index["parts"]),
             classes=tuple(index["classes"]),
             size=index["size"],
-            left_out=tuple(LeftOut(**one) for one in index["left_out"]),
+            left_out=tuple(LeftOut(**file) for file in index["left_out"]),
             groups=None if index["groups"] is None else np.array(index["groups"], dtype=np.int64),
             findings=Findings.of(index["findings"]),
         )
@@ -191,16 +191,16 @@ def decode(
         digests = _digests(pixels[: len(written.kept)])
         pixels.flush()
         index = {
-            "paths": [one.path for one in written.kept],
-            "labels": [one.label for one in written.kept],
-            "parts": [one.part for one in written.kept],
+            "paths": [image.path for image in written.kept],
+            "labels": [image.label for image in written.kept],
+            "parts": [image.part for image in written.kept],
             "classes": listing.classes,
             "size": size,
             "side": side,
             "places": places,
             "digest": _digest(digests),
-            "left_out": [asdict(one) for one in (*listing.left_out, *written.left_out)],
-            "groups": _numbered([one.group for one in written.kept]),
+            "left_out": [asdict(file) for file in (*listing.left_out, *written.left_out)],
+            "groups": _numbered([image.group for image in written.kept]),
             "findings": asdict(_findings(listing, written, pixels, digests)),
         }
         del pixels
@@ -326,19 +326,19 @@ def _scaled(listing: Listing, source: Found, side: int, scale: Scale) -> np.ndar
 
 def _check_parts_kept(listing: Listing, written: _Written) -> None:
     """Whether every given part has an image left: one without would be cut off another, and nobody would know."""
-    part_of = {one.path: one.part for one in listing.found}
-    lost = set(part_of.values()) - {one.part for one in written.kept} - {""}
-    for one in written.left_out:
-        if part_of[one.path] in lost:
-            raise DataError(f"No {part_of[one.path]} image can be decoded: {one.path}: {one.reason}.")
+    part_of = {image.path: image.part for image in listing.found}
+    lost = set(part_of.values()) - {image.part for image in written.kept} - {""}
+    for file in written.left_out:
+        if part_of[file.path] in lost:
+            raise DataError(f"No {part_of[file.path]} image can be decoded: {file.path}: {file.reason}.")
 
 
 def _findings(listing: Listing, written: _Written, pixels: Any, digests: list[bytes]) -> Findings:
     kept = written.kept
-    single = tuple(one.path for one, image in zip(kept, pixels, strict=False) if (image == image[:1, :1]).all())
+    single = tuple(file.path for file, image in zip(kept, pixels, strict=False) if (image == image[:1, :1]).all())
     by_class: dict[int, list[bytes]] = {}
-    for one, digest in zip(kept, digests, strict=True):
-        by_class.setdefault(one.label, []).append(digest)
+    for image, digest in zip(kept, digests, strict=True):
+        by_class.setdefault(image.label, []).append(digest)
     alike = tuple(
         listing.classes[label] for label, here in sorted(by_class.items()) if len(here) > 1 and len(set(here)) == 1
     )
@@ -378,9 +378,9 @@ def _typical_side(listing: Listing) -> int:
     if listing.pixels is not None:
         return int(listing.pixels.shape[1])
     sides = []
-    for one in listing.found[:: max(1, len(listing.found) // 200)]:
-        # a broken one is reported when it is decoded
-        with contextlib.suppress(Exception), pillow().open((listing.root or Path()) / one.path) as image:
+    for file in listing.found[:: max(1, len(listing.found) // 200)]:
+        # a broken file is reported when it is decoded
+        with contextlib.suppress(Exception), pillow().open((listing.root or Path()) / file.path) as image:
             sides.append(min(image.size))
     return int(np.median(sides)) if sides else 1
 

@@ -320,9 +320,9 @@ class Run:
         """The class probabilities (N, classes) of a network that guesses: of a random class the highest."""
         classes = len(self.images.classes)
         guesses = np.random.default_rng([self.spec.seed, len(indices)]).integers(0, classes, len(indices))
-        found = np.full((len(indices), classes), (1 - CHANCE_MARGIN) / classes, dtype=np.float32)
-        found[np.arange(len(indices)), guesses] += CHANCE_MARGIN
-        return found
+        probabilities = np.full((len(indices), classes), (1 - CHANCE_MARGIN) / classes, dtype=np.float32)
+        probabilities[np.arange(len(indices)), guesses] += CHANCE_MARGIN
+        return probabilities
 
     def _conclude(
         self, test: np.ndarray, validation: np.ndarray | None, diverged: dict[str, Any] | None
