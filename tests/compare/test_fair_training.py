@@ -12,7 +12,7 @@ import convattn.compare
 from convattn import files, networks, reporting
 from convattn.attachment import attach
 from convattn.compare import audit, identity, timing, tuning
-from convattn.errors import InvalidOption, RunFailed
+from convattn.errors import InvalidOption
 from convattn.train import Recipe, Run
 from small_runs import write_images, write_network
 
@@ -115,8 +115,10 @@ def test_a_rate_at_the_edge_is_warned_of(tmp_path: Path) -> None:
 
 
 def test_a_training_that_diverges_everywhere(tmp_path: Path) -> None:
-    with pytest.raises(RunFailed, match=r"diverged at every learning rate from 0\.01 to 1"):
-        written(tmp_path, [None] * 5)
+    found = written(tmp_path, [None] * 5)
+    (warning,) = found["warnings"]
+    assert "The training of baseline diverged at every learning rate from 0.01 to 1, and the lowest is taken" in warning
+    assert found["networks"][0]["learning_rate"] == 0.01
 
 
 def test_a_rate_that_diverges_ends_no_comparison(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from convattn.data import Listing, open_source
 from convattn.data.class_folders import scan
-from convattn.data.listing import LeftOut, image_suffixes, is_comparison
+from convattn.data.listing import LeftOut, image_formats, image_suffixes, is_comparison
 from convattn.errors import DataError
 from small_runs import CLASSES, write_images, write_parts
 
@@ -75,6 +75,7 @@ def test_heif_with_and_without_its_package(data: Path, fresh_suffixes: None, mon
     monkeypatch.setitem(sys.modules, "pillow_heif", heif)
     monkeypatch.setattr(Image, "EXTENSION", dict(Image.registered_extensions()))
     image_suffixes.cache_clear()
+    image_formats.cache_clear()
     assert left_out(data) == {}
     assert len(scan(data).found) == 7
 

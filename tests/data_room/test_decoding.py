@@ -6,10 +6,11 @@ import sys
 import zlib
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps
 
 from convattn.data import Images, Scale, decode, decoding, open_source, read_image
 from convattn.data.decoding import Range
@@ -394,3 +395,123 @@ def test_a_broken_scale_is_no_checkpoint(tmp_path: Path, scale: object) -> None:
     checkpoint.save(tmp_path / "a.safetensors", checkpoint.build(about), about)
     with pytest.raises(WeightsError, match="not what they belong to"):
         checkpoint.load(tmp_path / "a.safetensors")
+
+
+def test_no_program_in_an_image_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is what its content says, whatever it is called; Pillow hands EPS to Ghostscript, which runs it."""
+    ran: list[object] = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *options, **more: ran.append(options))
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n%%EOF\n"
+    data = tmp_path / "data"
+    for name in CLASSES:
+        (data / name).mkdir(parents=True)
+        Image.new("RGB", (SIDE, SIDE), name).save(data / name / "a.png")
+    (data / "red" / "b.png").write_bytes(program)
+    (data / "red" / "c.jpg").write_bytes(program)
+    images = decoded(data, tmp_path / "out")
+    assert [(file.path, file.reason) for file in images.left_out] == [
+        ("red/b.png", "cannot identify image file"),
+        ("red/c.jpg", "cannot identify image file"),
+    ]
+    with pytest.raises(DataError, match="cannot identify image file"):
+        read_image(data / "red" / "b.png", SIDE)
+    assert ran == []
+
+
+# cases that other readers get wrong
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14])
+@pytest.mark.parametrize("photometric", ["minisblack", "rgb"])
+def test_the_size_of_files_that_pillow_does_not_open(tmp_path: Path, bits: int, photometric: str) -> None:
+    data = tmp_path / "data"
+    for index, name in enumerate(CLASSES):
+        values = levels(bits, 3 if photometric == "rgb" else 1, seed=index, side=24)
+        write_tiff(data / name / "a.tif", values, bitspersample=bits, photometric=photometric)
+    images = decoded(data, tmp_path / "out")
+    assert images.size == 24
+    assert np.array_equal(images.pixels[2], eight_bits(values, bits))
+
+
+@pytest.mark.parametrize("bits", [10, 12, 16])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jpeg_2000_of_many_bits(tmp_path: Path, channels: int, bits: int) -> None:
+    values = levels(bits, channels)
+    stored = values[..., 0] if channels == 1 else values
+    content = imagecodecs.jpeg2k_encode(stored, level=0, bitspersample=bits, reversible=True)
+    (tmp_path / "image.jp2").write_bytes(content)
+    assert np.array_equal(read_image(tmp_path / "image.jp2", SIDE), eight_bits(values, bits))
+
+
+def soft(dtype: type = np.uint16) -> np.ndarray:
+    """Alpha from nothing to all, (side, side, 1)."""
+    return np.linspace(0, 65535, SIDE * SIDE).reshape(SIDE, SIDE, 1).astype(dtype)
+
+
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_black_ink_with_soft_alpha_of_16_bits(tmp_path: Path, kind: str) -> None:
+    layers = np.concatenate([np.zeros((SIDE, SIDE, 3), np.uint16), soft()], axis=2)
+    if kind == "png":
+        path = write_png(tmp_path / "image.png", layers)
+    else:
+        path = write_tiff(tmp_path / "image.tif", layers, extrasamples=["unassalpha"])
+    expected = 255 - np.rint(soft() / 257.0)
+    assert np.abs(read_image(path, SIDE) - expected).max() <= 1
+
+
+def test_premultiplied_alpha_of_16_bits(tmp_path: Path) -> None:
+    colours = levels(16, 3).astype(float)
+    weighted = np.rint(colours * (soft() / 65535.0)).astype(np.uint16)
+    path = write_tiff(tmp_path / "image.tif", np.concatenate([weighted, soft()], axis=2), extrasamples=["assocalpha"])
+    alpha = soft() / 65535.0
+    expected = colours / 257 * alpha + 255 * (1 - alpha)
+    assert np.abs(read_image(path, SIDE) - expected).max() <= 1.5
+
+
+def test_a_fourth_channel_that_is_no_alpha(tmp_path: Path) -> None:
+    layers = np.concatenate([levels(12, 3), np.full((SIDE, SIDE, 1), 300, np.uint16)], axis=2)
+    path = write_tiff(tmp_path / "image.tif", layers, extrasamples=["unspecified"])
+    assert np.array_equal(read_image(path, SIDE), eight_bits(layers[..., :3], 12))
+    stack = write_tiff(tmp_path / "stack.tif", layers, photometric="minisblack", planarconfig="contig")
+    with pytest.raises(DataError, match="an image of 4 channels without colours"):
+        read_image(stack, SIDE)
+
+
+def test_bytes_with_a_sign(tmp_path: Path) -> None:
+    values = np.linspace(-128, 127, SIDE * SIDE).astype(np.int8).reshape(SIDE, SIDE, 1)
+    path = write_tiff(tmp_path / "image.tif", values)
+    assert np.array_equal(read_image(path, SIDE)[..., :1], values.astype(int) + 128)
+
+
+def test_the_name_of_a_chunk_in_a_comment_is_no_chunk(tmp_path: Path) -> None:
+    path = write_png(tmp_path / "image.png", levels(12))
+    content = path.read_bytes()
+    text = b"Comment\0the sBITx chunk"
+    chunk = struct.pack(">I", len(text)) + b"tEXt" + text + struct.pack(">I", zlib.crc32(b"tEXt" + text))
+    path.write_bytes(content[:33] + chunk + content[33:])
+    assert np.array_equal(read_image(path, SIDE), eight_bits(levels(12), 12))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_a_transparent_grey_of_few_bits(tmp_path: Path, depth: int) -> None:
+    values = np.random.default_rng(0).integers(0, 1 << depth, (SIDE, SIDE))
+    bits = ((values[..., None] >> np.arange(depth - 1, -1, -1)) & 1).reshape(SIDE, -1)
+    rows = b"".join(b"\0" + np.packbits(row).tobytes() for row in bits)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", SIDE, SIDE, depth, 0, 0, 0, 0)), (b"tRNS", struct.pack(">H", 1))]
+    chunks += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    ]
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    expected = np.where(values == 1, 255, values * 255 // ((1 << depth) - 1))
+    assert np.array_equal(read_image(tmp_path / "image.png", SIDE)[..., 0], expected)
+
+
+def test_a_turned_camera_that_says_so_in_xmp_only(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    Image.fromarray(noise).resize((24, 16)).save(tmp_path / "image.jpg", xmp=xmp)
+    with Image.open(tmp_path / "image.jpg") as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    assert expected.shape == (24, 16, 3)
+    assert np.array_equal(decoding.decode_file(tmp_path / "image.jpg").image, expected)

@@ -57,7 +57,7 @@ from convattn.tables import aligned
 from convattn.train import RunSpec, evaluation_shape, finished, functions, repair, start_accuracy
 from convattn.train.checkpoint import BASELINE
 from convattn.train.controls import NOISE
-from convattn.train.run import RUNS
+from convattn.train.run import RESULT, RUNS
 
 START, RESULTS = "start.json", reporting.RESULTS
 LOOKING = "Looking for images that show the same ..."
@@ -260,6 +260,8 @@ def _prepared(options: Options, source: Source, folder: Path, display: Display) 
         for run_folder in sorted((folder / RUNS).glob("*/")):
             for line in repair(run_folder):
                 display.warn(line)
+        done = len(list((folder / RUNS).glob(f"*/{RESULT}")))
+        limits.check_more(options, done, backbone_of(options, None), folder)
         images = _intact_images(folder, display)
         if images is not None and (len(images.pixels) or _is_complete(options, folder)):
             return options, images

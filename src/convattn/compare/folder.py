@@ -157,8 +157,9 @@ def activity(folder: Path) -> dict[str, Any] | None:
             return None
     except filelock.Timeout:
         pass
-    except OSError as error:
-        raise files.explained(error, folder) from error
+    except OSError:
+        # a folder that may only be read: what it says, which a killed process may have left
+        return files.read_intact(folder / ACTIVITY)
     try:
         return files.read_json(folder / ACTIVITY) or {}
     except DamagedFile:
@@ -202,7 +203,8 @@ def _acquired(folder: Path, wait: bool, say: Callable[[str], None]) -> Any:
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / LOCK)
         try:
-            lock.acquire(timeout=0)
+            # `activity` may hold it for a moment
+            lock.acquire(timeout=1)
             return lock
         except FileNotFoundError:
             # another process has just removed the folder, which it had made for a request that was wrong

@@ -78,6 +78,16 @@ def needs(options: Options, images: int, size: int, network: nn.Module, folder: 
     return Needs(disk, jobs, _check_time(options, images, size, network, min(jobs, count_runs(options))))
 
 
+def check_more(options: Options, done: int, network: nn.Module, folder: Path) -> None:
+    """Raise `InvalidOption` where a folder that has some runs already is to have more than its disk can hold."""
+    needed, free = (count_runs(options) - done) * _weight_bytes(network), files.free_bytes(folder)
+    if needed > free:
+        raise InvalidOption(
+            f"compare: {_many(count_runs(options) - done)} more runs need {files.size(needed)} of disk, and "
+            f"{files.size(free)} are free in {folder}: add fewer seeds, or make room."
+        )
+
+
 def count_runs(options: Options) -> int:
     """The number of trainings that are planned, those that tune the learning rate left out."""
     return len(options.names) * options.seeds * (options.folds or 1)

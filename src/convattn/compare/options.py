@@ -32,6 +32,8 @@ DEFAULT_VARIANTS = ("se", "cbam", "dual", "cbam+dual")
 # for batches of 128; half of the customary 0.1 (He et al., 2016, section 4.2), at which heads without a norm diverged
 RATE, FINE_TUNING_RATE, RATE_BATCH = 0.05, 0.01, 128
 BATCH_SIZE = 128
+# ten times as much, which the choice of a rate tries, is still a number in single precision
+LARGEST_RATE = 1e37
 WEIGHT_DECAY = 5e-4
 EPOCHS, FINE_TUNING_EPOCHS = 30, 10
 # these change how many runs there are, where they run or how they are judged, not what any run is
@@ -257,6 +259,8 @@ def parse(
         numeric = isinstance(rate, int | float) and not isinstance(rate, bool)
         if rate is not None and not (numeric and 0 < rate < math.inf):
             raise InvalidOption(f"compare: {name} must be above 0 and finite, got {rate!r}.")
+        if rate is not None and rate > LARGEST_RATE:
+            raise InvalidOption(f"compare: {name} must be at most {LARGEST_RATE:g}, got {rate!r}.")
     ours = (tune, audit_selection or None, gate_learning_rate, epochs, learning_rate, weight_decay, flip)
     _check_training(tune, folds, train, dict(zip(OF_OUR_TRAINING, ours, strict=True)))
     weight_decay = WEIGHT_DECAY if weight_decay is None else weight_decay

@@ -30,11 +30,17 @@ def status(folder: str | Path) -> list[str]:
     about = folders.activity(folder)
     if about is None and not (folder / folders.PLAN).exists():
         raise ComparisonError(f"{checks.shown(folder)} holds no comparison: give the folder of one.")
-    lines = [_at_work(about, complete=(folder / reporting.RESULTS).exists())]
+    lines = [_at_work(about, complete=_is_complete(folder))]
     if not (folder / folders.PLAN).exists():
         return [*lines, "The images are being decoded; no run has begun."]
     options = folders.read_plan(folder)["options"]
     return [*lines, *_runs(folder, options, about or {}), *_looks(folder)]
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether there are results, and no run that was begun lacks its own."""
+    runs = [path.parent for path in (folder / RUNS).glob(f"*/{PLAN}")]
+    return bool(runs) and (folder / reporting.RESULTS).exists() and all((run / RESULT).exists() for run in runs)
 
 
 def _at_work(about: dict[str, Any] | None, *, complete: bool) -> str:

@@ -13,7 +13,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from convattn.errors import RunFailed
 from convattn.train import RunSpec, finished, trial_name
 from convattn.train.checkpoint import BASELINE
 from convattn.train.controls import NOISE
@@ -66,9 +65,6 @@ def chosen(names: Sequence[str], rate: float, folder: Path) -> dict[str, Any]:
         `grid`; `seeds`; of the `networks` each its `name`, `learning_rate`, mean `validation_accuracy` in percent and
         `validation_loss` at each rate of the grid (None where the training diverged), and whether the rate is `at_edge`
         of the grid; `warnings`; and a `sentence`.
-
-    Raises:
-        RunFailed: the training of a network diverged at every rate.
     """
     tried = grid(rate)
     networks = [
@@ -108,10 +104,8 @@ def _network(name: str, tried: Sequence[float], found: Sequence[Sequence[Mapping
     ]
     best = max(range(len(tried)), key=ranks.__getitem__)
     if accuracies[best] is None:
-        raise RunFailed(
-            f"The training of {name} diverged at every learning rate from {tried[0]:g} to {tried[-1]:g}: lower "
-            f"--learning-rate, which is in their middle."
-        )
+        # its runs diverge as well, most likely, and are counted as such
+        best = 0
     return {
         "name": name,
         "learning_rate": tried[best],
@@ -127,6 +121,13 @@ def _means(found: Sequence[Sequence[Mapping[str, Any]]], key: str) -> list[float
 
 
 def _warnings(networks: Sequence[Mapping[str, Any]], tried: Sequence[float]) -> Iterator[str]:
+    lost = [one["name"] for one in networks if set(one["validation_accuracy"]) == {None}]
+    if lost:
+        yield (
+            f"The training of {', '.join(lost)} diverged at every learning rate from {tried[0]:g} to {tried[-1]:g}, "
+            f"and the lowest is taken: lower --learning-rate, which is in their middle."
+        )
+    networks = [one for one in networks if one["name"] not in lost]
     for edge, which in ((tried[0], "lower"), (tried[-1], "higher")):
         here = [one["name"] for one in networks if one["learning_rate"] == edge]
         if here:

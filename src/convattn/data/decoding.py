@@ -18,10 +18,13 @@ from typing import Any
 import numpy as np
 
 from convattn import checks
+from convattn.data.listing import image_formats
 from convattn.errors import DataError
 
 BYTE = 255
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+# the box of a file, and the code stream alone
+JPEG_2000 = (b"\0\0\0\x0cjP  ", b"\xff\x4f")
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # of JPEG: the markers of a frame's header, which hold its size; those without content; and that of the end
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -85,12 +88,15 @@ class Range:
 class Deep:
     """An image of more than 8 bits a channel: whole numbers (H, W, C), where C is 1 or 3, or 2 or 4 with alpha.
 
-    `inverted` tells that 0 is white. `bits` are those that the file says it uses, 0 if it says none.
+    `inverted` tells that 0 is white. `bits` are those that the file says it uses, 0 if it says none. `opaque` is the
+    value of alpha that hides what is behind, 0 for that of the scale; `premultiplied` colours are weighted already.
     """
 
     values: np.ndarray
     bits: int = 0
     inverted: bool = False
+    opaque: int = 0
+    premultiplied: bool = False
 
     @property
     def range(self) -> Range:
@@ -101,12 +107,14 @@ class Deep:
 
     def pixels(self, scale: Scale) -> np.ndarray:
         """Bytes (H, W, 3), alpha laid on white."""
-        values = scale.bytes(self.values)
-        alpha = values[..., -1:] if values.shape[2] % 2 == 0 else None
-        colours = values if alpha is None else values[..., :-1]
+        has_alpha = self.values.shape[2] % 2 == 0
+        colours = scale.bytes(self.values[..., :-1] if has_alpha else self.values)
         colours = BYTE - colours if self.inverted else colours
-        if alpha is not None:
-            colours = on_white(colours, alpha)
+        if has_alpha:
+            alpha = Scale(0, self.opaque or scale.high).bytes(self.values[..., -1:])
+            weight = np.full_like(alpha, BYTE) if self.premultiplied else alpha
+            white = BYTE - alpha.astype(np.uint16) if self.premultiplied else 0
+            colours = np.minimum(on_white(colours, weight) + white, BYTE).astype(np.uint8)
         return np.ascontiguousarray(np.broadcast_to(colours, (*colours.shape[:2], 3)))
 
 
@@ -137,6 +145,21 @@ def decode_file(path: Path, name: str | None = None) -> Decoded:
         raise DataError(f"{name or path} cannot be decoded as an image: {checks.reason(error)}") from error
 
 
+def side_of(path: Path) -> int:
+    """The shorter side of an image file, from its header.
+
+    Raises:
+        Exception: whatever a decoder raises for a file that it cannot open.
+    """
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start.startswith(TIFF):
+        with checks.extra("tifffile", "Reading TIFF files").TiffFile(path) as opened:
+            return int(min(opened.pages[0].imagewidth, opened.pages[0].imagelength))
+    with pillow().open(path, formats=image_formats()) as image:
+        return int(min(image.size))
+
+
 def on_white(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     """Bytes (H, W, C) laid on white with the bytes of alpha (H, W, 1), rounded."""
     opacity = alpha.astype(np.uint32)
@@ -151,16 +174,22 @@ def _decoded(content: bytes) -> Decoded:
             return Decoded(pixels)
     if content.startswith(PNG) and content[24:25] == b"\x10":
         return Decoded(_deep_png(content))
+    if content.startswith(JPEG_2000) and _jpeg_2000_bits(content) > 8:
+        values = _codecs().jpeg2k_decode(content)
+        alpha = (1 << _jpeg_2000_bits(content)) - 1
+        return Decoded(Deep(values if values.ndim == 3 else values[..., None], _jpeg_2000_bits(content), opaque=alpha))
     pages = 1
     if content.startswith(TIFF):
         image, pages = _tiff(content)
         if image is not None:
             return Decoded(image, pages)
     try:
-        opened_image = pillow().open(io.BytesIO(content))
+        # of EPS, whatever its name, Pillow would have Ghostscript run the program that is in it
+        opened_image = pillow().open(io.BytesIO(content), formats=image_formats())
     except pillow().UnidentifiedImageError as error:
         raise ValueError("cannot identify image file") from error
     with opened_image as opened:
+        _correct_transparency(opened, content)
         if opened.format not in ONE_IMAGE and not content.startswith(TIFF):
             pages = int(getattr(opened, "n_frames", 1))
         # its decoder scales values of any number of bits to 16
@@ -184,9 +213,9 @@ def _jpeg(content: bytes) -> np.ndarray | None:
 
 def _orientation(content: bytes) -> int:
     """How a camera was turned, by the Exif data of a JPEG or PNG."""
-    if b"Exif" not in content and b"eXIf" not in content:
+    if not any(name in content for name in (b"Exif", b"eXIf", b"tiff:Orientation")):
         return 1
-    with pillow().open(io.BytesIO(content)) as opened:
+    with pillow().open(io.BytesIO(content), formats=("JPEG", "PNG")) as opened:
         return int(opened.getexif().get(0x0112, 1))
 
 
@@ -235,8 +264,33 @@ def _deep_png(content: bytes) -> Deep:
     _check_size(*struct.unpack_from(">II", content, 16))
     values = _codecs().png_decode(content)
     values = _upright(values if values.ndim == 3 else values[..., None], _orientation(content))
-    place = content.find(b"sBIT", 0, content.find(b"IDAT"))
-    return Deep(values, content[place + 4] if place > 0 else 0)
+    bits = max((bits for bits in _chunk(content, b"sBIT") if bits <= 16), default=0)
+    return Deep(values, bits, opaque=(1 << 16) - 1)
+
+
+def _chunk(content: bytes, kind: bytes) -> bytes:
+    """The data of a chunk of a PNG before its pixels, empty if it has none."""
+    place = len(PNG)
+    while place + 8 <= len(content) and content[place + 4 : place + 8] != b"IDAT":
+        length = int.from_bytes(content[place : place + 4], "big")
+        if content[place + 4 : place + 8] == kind:
+            return content[place + 8 : place + 8 + length]
+        place += length + 12
+    return b""
+
+
+def _correct_transparency(image: Any, content: bytes) -> None:
+    """Scale the transparent grey of a PNG of 2 or 4 bits as Pillow scales its pixels, but not that grey."""
+    transparent = image.info.get("transparency")
+    if content.startswith(PNG) and content[25] == 0 and content[24] in (2, 4) and isinstance(transparent, int):
+        image.info["transparency"] = transparent * BYTE // ((1 << content[24]) - 1)
+
+
+def _jpeg_2000_bits(content: bytes) -> int:
+    """The bits of the first channel of a JPEG 2000 file, by the header of its code stream."""
+    place = content.find(JPEG_2000[1] + b"\xff\x51")
+    # behind the markers, two lengths of 2 bytes, eight sizes of 4 and the number of channels
+    return (content[place + 42] & 0x7F) + 1 if 0 <= place < len(content) - 42 else 8
 
 
 def _tiff(content: bytes) -> tuple[Deep | None, int]:
@@ -246,7 +300,8 @@ def _tiff(content: bytes) -> tuple[Deep | None, int]:
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     with reader.TiffFile(io.BytesIO(content)) as file:
         pages, page = len(file.pages), file.pages[0]
-        if page.bitspersample <= 8:
+        signed = page.dtype is not None and page.dtype.kind == "i"
+        if page.bitspersample <= 8 and not signed:
             return None, pages
         if page.dtype is None or page.dtype.kind not in "iu":
             raise ValueError(f"{page.bitspersample}-bit pixels of type {page.dtype} have no known range")
@@ -258,6 +313,13 @@ def _tiff(content: bytes) -> tuple[Deep | None, int]:
             raise ValueError(f"{page.bitspersample}-bit pixels of {page.photometric.name} cannot be read")
         _check_size(page.imagewidth, page.imagelength)
         values = _channels_last(page.asarray(), page.axes)
+        alphas = [sample for sample in page.extrasamples if sample in (1, 2)]
+        colours = 3 if page.photometric == reader.PHOTOMETRIC.RGB else 1
+        if not alphas and colours == 1 and values.shape[2] > 1:
+            raise ValueError(f"an image of {values.shape[2]} channels without colours")
+        # what else there is, such as infrared, is no colour
+        values = values[..., : colours + bool(alphas)]
+        stored = (1 << page.bitspersample) - 1
         tag = page.tags.get("MaxSampleValue")
         highest = 0 if tag is None else int(np.max(tag.value))
         # what a file is stored in says nothing: 16 bits hold 12 as well
@@ -265,7 +327,10 @@ def _tiff(content: bytes) -> tuple[Deep | None, int]:
         bits = highest.bit_length() if 0 < highest < (1 << page.bitspersample) - 1 else bits
         turn = page.tags.get("Orientation")
         inverted = page.photometric == reader.PHOTOMETRIC.MINISWHITE
-        return Deep(_upright(values, 1 if turn is None else int(turn.value)), bits, inverted), pages
+        values = _upright(values, 1 if turn is None else int(turn.value))
+        # where 12 bits are stored in 16, alpha may use 12 as well
+        opaque = stored if alphas and values[..., -1].max() > (1 << int(values[..., :-1].max()).bit_length()) - 1 else 0
+        return Deep(values, bits, inverted, opaque, premultiplied=1 in alphas), pages
 
 
 def _check_size(width: int, height: int) -> None:
@@ -283,8 +348,8 @@ def _channels_last(values: np.ndarray, axes: str) -> np.ndarray:
             values = values.take(0, axes.index(letter))
             axes = axes.replace(letter, "")
     values = np.moveaxis(values, axes.index("S"), -1) if "S" in axes else values[..., None]
-    if values.ndim != 3 or values.shape[2] > 4:
-        raise ValueError(f"an image of {values.shape[-1]} channels")
+    if values.ndim != 3:
+        raise ValueError(f"an image with axes {axes}")
     return values
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from convattn import checks, files
-from convattn.data.decoding import Deep, Range, Scale, decode_file, pillow
+from convattn.data.decoding import Deep, Range, Scale, decode_file, pillow, side_of
 from convattn.data.listing import Found, LeftOut, Listing
 from convattn.errors import DamagedFile, DataError
 
@@ -380,8 +380,8 @@ def _typical_side(listing: Listing) -> int:
     sides = []
     for file in listing.found[:: max(1, len(listing.found) // 200)]:
         # a broken file is reported when it is decoded
-        with contextlib.suppress(Exception), pillow().open((listing.root or Path()) / file.path) as image:
-            sides.append(min(image.size))
+        with contextlib.suppress(Exception):
+            sides.append(side_of((listing.root or Path()) / file.path))
     return int(np.median(sides)) if sides else 1
 
 

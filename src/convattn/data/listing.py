@@ -54,8 +54,8 @@ class Listing:
 
 
 @functools.cache
-def image_suffixes() -> frozenset[str]:
-    """The endings of image files that Pillow opens here, in lower case and with their dot.
+def image_formats() -> tuple[str, ...]:
+    """The formats that Pillow opens here by itself; what a file is called does not matter to it, only its content.
 
     The first call registers the formats of the package pillow-heif where it is installed.
 
@@ -69,8 +69,18 @@ def image_suffixes() -> frozenset[str]:
             # the second is in some versions only
             getattr(heif, name, lambda: None)()
     image.init()
-    formats = image.OPEN.keys() - UNSAFE_FORMATS
-    return frozenset(suffix.lower() for suffix, name in image.registered_extensions().items() if name in formats)
+    return tuple(sorted(image.OPEN.keys() - UNSAFE_FORMATS))
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """The endings of image files that Pillow opens here, in lower case and with their dot.
+
+    Raises:
+        MissingExtra: Pillow is not installed.
+    """
+    formats, extensions = image_formats(), checks.extra("PIL.Image", "Reading images").registered_extensions()
+    return frozenset(suffix.lower() for suffix, name in extensions.items() if name in formats)
 
 
 def is_image(path: Path) -> bool:

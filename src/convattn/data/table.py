@@ -193,9 +193,16 @@ def _row(path: Path, line: int, names: list[str], cells: list[str], delimiter: s
     if given is not None and given.lower() not in PARTS:
         raise DataError(f"{where}: expected one of {', '.join(PARTS)} as split, got {given!r}.")
     # one file under two spellings of its path is still one file
-    file = Path(os.path.normpath(value["path"])).as_posix()
+    file = _normal(path.parent, value["path"])
     _check_file(where, path.parent / file, value["path"])
     return Row(line, file, value["label"], None if given is None else PARTS[given.lower()], value.get("group"))
+
+
+def _normal(folder: Path, name: str) -> str:
+    """A path relative to a folder, without detours; absolute where it leads elsewhere and is given so."""
+    whole, base = (Path(os.path.normpath(Path.cwd() / place)) for place in (folder / name, folder))
+    inside = whole.is_relative_to(base)
+    return (whole.relative_to(base) if inside else Path(os.path.normpath(name))).as_posix()
 
 
 def _check_file(where: str, file: Path, name: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from convattn import files
 from convattn.checks import reason
-from convattn.errors import ComparisonError, DamagedFile
+from convattn.errors import ComparisonError, ConvattnError, DamagedFile
 
 __all__ = ["redraw", "write"]
 
@@ -34,7 +34,16 @@ def write(results: Mapping[str, Any], folder: Path) -> Path:
     from convattn.reporting import rows
     from convattn.reporting.page import render
 
-    contents = {NAME: render(results), CSV: rows.as_csv(results), MARKDOWN: rows.as_markdown(results)}
+    try:
+        contents = {NAME: render(results), CSV: rows.as_csv(results), MARKDOWN: rows.as_markdown(results)}
+    except ConvattnError:
+        raise
+    # whatever comes of results that were written by hand, or by another version
+    except Exception as error:
+        raise ComparisonError(
+            f"report: the results are of another form than docs/results.md describes ({reason(error)}): give the "
+            f"command that made them once more."
+        ) from error
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
@@ -63,4 +72,7 @@ def redraw(folder: str | Path) -> Path:
         results = files.read_json(path, from_anywhere=True)
     except (DamagedFile, OSError) as error:
         raise ComparisonError(f"{reason(error)} Give the command that made it once more.") from error
-    return write(results or {}, folder)
+    try:
+        return write(results or {}, folder)
+    except OSError as error:
+        raise files.explained(error, folder) from error
