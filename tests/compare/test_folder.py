@@ -1,5 +1,6 @@
 """The folder of a comparison: one process at a time, damaged files, full disks, options that cannot apply."""
 
+import json
 import os
 import shutil
 import threading
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 import convattn.compare
-from convattn import cli, files
+from convattn import cli, files, reporting
 from convattn.compare import folder as folders
 from convattn.compare import limits, timing
 from convattn.compare.continuing import measure_again
@@ -197,10 +198,11 @@ def test_a_second_command_waits(
     other = threading.Thread(target=work)
     other.start()
     begun.wait(60)
-    threading.Timer(0.5, end.set).start()
+    # longer than a look from `status` may take
+    threading.Timer(2, end.set).start()
     started = time.monotonic()
     assert compare(wait=True)["baseline"]["scores"]
-    assert time.monotonic() - started > 0.4
+    assert time.monotonic() - started > 1.9
     other.join()
     assert f"Waiting: process {os.getpid()} on " in capsys.readouterr().err
 
@@ -518,6 +520,63 @@ def test_measuring_in_a_damaged_folder(halves: dict[str, Path], world: Path, tmp
     assert contents(out) == before
     with pytest.raises(ComparisonError, match="holds no comparison"):
         measure_again(world / "network.py")
+
+
+def test_more_seeds_than_any_disk_holds(
+    halves: dict[str, Path], world: Path, tmp_path: Path, compare: Callable[..., Any]
+) -> None:
+    out = Path(shutil.copytree(halves["done"], tmp_path / "out"))
+    trust = f"{world / 'network.py'}:network"
+    with pytest.raises(InvalidOption, match=r"1,999,999,996 more runs need .* of disk"):
+        compare(seeds=10**9)
+    with pytest.raises(InvalidOption, match=r"more runs need .* of disk, and .* are free in .*out: add fewer seeds"):
+        convattn.compare.run(out, add_seeds=10**9, quiet=True, trust=trust)
+
+
+def test_status_of_a_folder_whose_further_seeds_were_interrupted(halves: dict[str, Path], tmp_path: Path) -> None:
+    out = Path(shutil.copytree(halves["done"], tmp_path / "out"))
+    (out / "runs" / "se-seed1" / "result.json").unlink()
+    assert status(out)[0].startswith("No process works here")
+    shutil.rmtree(out / "runs")
+    assert status(out)[0].startswith("No process works here")
+
+
+def test_a_report_that_cannot_be_written(
+    halves: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*args: Any, **options: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(reporting.files, "write", refused)
+    with pytest.raises(ComparisonError, match="cannot be written: its file system is read-only"):
+        reporting.redraw(halves["done"])
+
+
+@pytest.mark.parametrize("key", ["changes", "baseline", "data", "setting", "looks", "variants", "versions"])
+def test_results_with_null_in_the_place_of_an_object(halves: dict[str, Path], tmp_path: Path, key: str) -> None:
+    results = files.read_json(halves["done"] / "results.json") or {}
+    (tmp_path / "results.json").write_text(json.dumps({**results, key: None}))
+    with pytest.raises(ComparisonError, match=r"the results are of another form than docs/results\.md describes"):
+        reporting.redraw(tmp_path)
+
+
+def test_rates_beyond_single_precision(compare: Callable[..., Any]) -> None:
+    with pytest.raises(InvalidOption, match=r"learning_rate must be at most 1e\+37, got 1e\+39"):
+        compare(learning_rate=1e39)
+
+
+def test_a_network_that_diverges_at_every_rate_ends_no_comparison(
+    compare: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learn = Run._learn
+
+    def diverging(self: Run, x: Any, *rest: Any) -> None:
+        learn(self, x * float("nan") if self.spec.variant == "cbam" else x, *rest)
+
+    monkeypatch.setattr(Run, "_learn", diverging)
+    results = compare(variants="se,cbam", tune="lr", epochs=1)
+    assert [len(one["diverged"]) for one in (results["baseline"], *results["variants"])] == [0, 0, 2]
+    assert "cbam diverged at every learning rate" in " ".join(results["tuning"]["warnings"])
 
 
 # code of the user

@@ -317,3 +317,11 @@ def test_groups_are_split_whole(tmp_path: Path) -> None:
         assert len(parts.test) == 12
         groups = [set(images.groups[here]) for here in (parts.train, parts.validation, parts.test)]
         assert sum(map(len, groups)) == len(set.union(*groups)) == 30
+
+
+def test_one_file_under_two_spellings(tmp_path: Path) -> None:
+    data = write_images(tmp_path / "data", count=2)
+    for other in (data / "blue" / "000.png", "../data/blue/000.png", "./red/../blue/000.png"):
+        (data / "t.csv").write_text(f"path,label\nblue/000.png,a\nred/000.png,b\n{other},b\n")
+        with pytest.raises(DataError, match=r"line 4: 'blue/000\.png' with the label 'b' is on line 2 already"):
+            open_source(data / "t.csv").listing(tmp_path / "unpacked")
