@@ -18,7 +18,7 @@ from convattn.attachment import attached
 from convattn.data import Images, batches, evaluation_batches
 from convattn.errors import WeightsError
 from convattn.networks import resnet20
-from convattn.train import Progress, Recipe, Run, RunSpec, checkpoint, execute, finished, run, start_accuracy
+from convattn.train import Progress, Recipe, Run, RunSpec, checkpoint, execute, finished, run, start_accuracy, store
 from convattn.train.gates import departures
 from small_runs import decoded, spec, write_images, write_network
 from tolerances import assert_close
@@ -478,7 +478,7 @@ def test_an_unfinished_run_with_a_damaged_file(
         execute(spec(network), images, tmp_path / "broken", stop_after(6))
     path = tmp_path / "broken" / name
     path.write_bytes(damage_of(kind)(path.read_bytes()))
-    lines = run.repair(tmp_path / "broken")
+    lines = store.repair(tmp_path / "broken")
     ends = {"checkpoint.pt": "The run goes on from previous.pt.", "previous.pt": "The run goes on from checkpoint.pt."}
     assert len(lines) == (name in ends)
     assert all(f"{name} is damaged (" in line and line.endswith(ends[name]) for line in lines)
@@ -495,7 +495,7 @@ def test_an_unfinished_run_without_any_checkpoint_left(images: Images, network: 
         execute(spec(network), images, tmp_path / "broken", stop_after(6))
     for name in ("checkpoint.pt", "previous.pt"):
         (tmp_path / "broken" / name).write_bytes(b"damage")
-    assert [line.endswith("The run begins anew.") for line in run.repair(tmp_path / "broken")] == [True, True]
+    assert [line.endswith("The run begins anew.") for line in store.repair(tmp_path / "broken")] == [True, True]
     execute(spec(network), images, tmp_path / "broken", quiet)
     assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
 
@@ -509,11 +509,11 @@ def test_a_finished_run_with_a_damaged_file(
     execute(spec(network), images, tmp_path / "broken", quiet)
     path = tmp_path / "broken" / name
     path.write_bytes(damage_of(kind)(path.read_bytes()))
-    lines = run.repair(tmp_path / "broken")
+    lines = store.repair(tmp_path / "broken")
     assert len(lines) == (0 if name in ("plan.json", "log.jsonl") else 1)
     assert all(name in line and "The run is trained again" in line for line in lines)
     execute(spec(network), images, tmp_path / "broken", quiet)
-    run.describe(spec(network), tmp_path / "broken")
+    store.describe(tmp_path / "broken", spec(network).plan())
     assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
     assert files.read_json(tmp_path / "broken" / "plan.json") == files.read_json(tmp_path / "whole" / "plan.json")
 
@@ -521,14 +521,14 @@ def test_a_finished_run_with_a_damaged_file(
 def test_weights_that_were_removed_are_not_trained_again(images: Images, network: Path, tmp_path: Path) -> None:
     execute(spec(network), images, tmp_path / "run", quiet)
     (tmp_path / "run" / "weights.safetensors").unlink()
-    assert run.repair(tmp_path / "run") == [] and finished(tmp_path / "run")
+    assert store.repair(tmp_path / "run") == [] and finished(tmp_path / "run")
 
 
 def test_what_a_killed_process_left_is_removed(images: Images, network: Path, tmp_path: Path) -> None:
     execute(spec(network), images, tmp_path / "run", quiet)
     for name in ("checkpoint.pt", "previous.pt", "error.txt", ".convattn-1-2.partial"):
         (tmp_path / "run" / name).write_bytes(b"left")
-    assert run.repair(tmp_path / "run") == []
+    assert store.repair(tmp_path / "run") == []
     assert "files" in outcome(tmp_path / "run")
     assert len(list((tmp_path / "run").iterdir())) == 5
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from convattn.compare import limits, timing
 from convattn.compare.continuing import measure_again
 from convattn.compare.status import status
 from convattn.data import images as data_images
+from convattn.data.listing import LOCK
 from convattn.errors import ComparisonError, InvalidOption, RunFailed
 from convattn.train import Run, run
 from small_runs import contents, write_images, write_network, write_parts
@@ -209,7 +211,7 @@ def test_a_second_command_waits(
 
 def test_a_lock_of_a_killed_process_is_free(tmp_path: Path, compare: Callable[..., Any]) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / folders.LOCK).touch()
+    (tmp_path / "out" / LOCK).touch()
     files.write_json(tmp_path / "out" / folders.ACTIVITY, {"pid": 1, "host": "gone", "since": "2020"})
     assert compare()["baseline"]["scores"]
     assert not (tmp_path / "out" / folders.ACTIVITY).exists()
@@ -270,6 +272,10 @@ def test_memory_that_no_machine_has(compare: Callable[..., Any], monkeypatch: py
     monkeypatch.setattr(limits, "total_memory", lambda: 10**6)
     with pytest.raises(InvalidOption, match=r"a training step of 8 images of 16 pixels needs about 7\d\d MB of memory"):
         compare()
+
+
+def test_a_batch_is_no_larger_than_the_data(compare: Callable[..., Any]) -> None:
+    assert compare(batch_size=10**12, epochs=1)["baseline"]["scores"]
 
 
 def test_needs_are_said_before_the_start(compare: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -539,6 +545,15 @@ def test_status_of_a_folder_whose_further_seeds_were_interrupted(halves: dict[st
     assert status(out)[0].startswith("No process works here")
     shutil.rmtree(out / "runs")
     assert status(out)[0].startswith("No process works here")
+
+
+def test_status_where_nothing_may_be_written(halves: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: Any, **options: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    package = SimpleNamespace(FileLock=refused, Timeout=TimeoutError)
+    monkeypatch.setattr(folders.checks, "extra", lambda *args: package)
+    assert status(halves["done"])[0] == "Done."
 
 
 def test_a_report_that_cannot_be_written(

@@ -13,11 +13,12 @@ from convattn.compare.options import OF_OUR_TRAINING, Options, parse
 from convattn.compare.results import assemble, runs_of
 from convattn.compare.specs import specs
 from convattn.data import Images
+from convattn.data.listing import PLAN
 from convattn.errors import ComparisonError, DamagedFile, InvalidOption
 from convattn.train import verified
 from convattn.train.checkpoint import BASELINE
 from convattn.train.controls import NOISE
-from convattn.train.run import RUNS, TRIAL
+from convattn.train.store import RUNS, TRIAL
 
 RESULTS = reporting.RESULTS
 # options that no folder keeps
@@ -42,17 +43,17 @@ def _refuse(folder: Path, name: str) -> None:
 
 
 def continued(
-    folder: Path, more: int, given: Mapping[str, Any], trust: own_code.Trust, smallest_gain: float | None
+    folder: Path, more: int, call: Mapping[str, Any], trust: own_code.Trust, smallest_gain: float | None
 ) -> tuple[str, dict[str, Any], float]:
     """The data, the options and the smallest gain of a folder's comparison with more seeds, its functions as given."""
     checks.positive("compare", "add_seeds", more)
     plan = folders.read_plan(folder)
     options = {**plan["options"], "threads": plan["threads"]}
     functions_now = _functions(
-        folder, options.pop("builds", {}), options.pop("train", None), options.pop("own", {}), given
+        folder, options.pop("builds", {}), options.pop("train", None), options.pop("own", {}), call
     )
     named = {name: value for name, value in options.items() if name not in functions_now}
-    own_code.check(named_code(named), folder / folders.PLAN, trust)
+    own_code.check(named_code(named), folder / PLAN, trust)
     if "train" in functions_now:
         # they could not be given with a training function
         options = {name: value for name, value in options.items() if name not in OF_OUR_TRAINING}
@@ -86,18 +87,18 @@ def measure_again(folder: str | Path, *, trust: own_code.Trust = (), quiet: bool
     """
     folder, display = Path(folder), Display(quiet=quiet)
     plan = folders.read_plan(folder)
-    known = {**plan["options"], "threads": plan["threads"], "weights": None}
-    if known.pop("builds", {}) or known.pop("train", None) or known.pop("own", {}):
+    planned = {**plan["options"], "threads": plan["threads"], "weights": None}
+    if planned.pop("builds", {}) or planned.pop("train", None) or planned.pop("own", {}):
         raise ComparisonError(
             f"{folder} was begun from Python with functions of its own: remove its {timing.COST}, and give the call "
             f"that began it once more."
         )
-    own_code.check(named_code(known), folder / folders.PLAN, trust)
+    own_code.check(named_code(planned), folder / PLAN, trust)
     before = files.read_intact(folder / RESULTS)
     taken = rounds.looks(folder, None)
     if before is None or not taken.seeds:
         raise ComparisonError(f"{folder} is not done yet: give the command that began it once more.")
-    options = parse(known.pop("data"), **known, seeds=taken.seeds[-1])
+    options = parse(planned.pop("data"), **planned, seeds=taken.seeds[-1])
     options = replace(
         options, smallest_gain=before["setting"]["smallest_gain_points"], weights=plan["options"]["weights"]
     )
@@ -142,7 +143,7 @@ def named_code(options: Mapping[str, Any]) -> list[str]:
 
 
 def _functions(
-    folder: Path, builds: Mapping[str, str], train: str | None, own: Mapping[str, str], given: Mapping[str, Any]
+    folder: Path, builds: Mapping[str, str], train: str | None, own: Mapping[str, str], call: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The functions and classes that a comparison was begun with, as they are given again.
 
@@ -151,9 +152,9 @@ def _functions(
     variants = bool(set(builds) - {BASELINE}) or not all(map(registry.is_known, own))
     needed = {"backbone": BASELINE in builds, "variants": variants, "train": train is not None}
     for name in FUNCTIONS:
-        if given[name] is not None and not needed[name]:
+        if call[name] is not None and not needed[name]:
             _refuse(folder, name)
-    functions_now = {name: given[name] for name in FUNCTIONS if needed[name]}
+    functions_now = {name: call[name] for name in FUNCTIONS if needed[name]}
     for name, value in functions_now.items():
         listed = isinstance(value, Sequence) and not isinstance(value, str) and any(map(callable, value))
         if not callable(value) and not (name == "variants" and (listed or isinstance(value, Mapping))):

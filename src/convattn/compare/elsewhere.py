@@ -13,8 +13,8 @@ import convattn
 from convattn import checks, files, reporting
 from convattn.compare import changes, verdicts
 from convattn.compare import results as made
-from convattn.compare.folder import PLAN
 from convattn.compare.predictions import Predictions, read
+from convattn.data.listing import PLAN
 from convattn.errors import ComparisonError
 from convattn.train.checkpoint import BASELINE
 

@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from convattn import checks, files, own_code, registry, reporting
@@ -28,7 +29,6 @@ from convattn.compare import folder as folders
 from convattn.compare.continuing import continued, refuse_other_options
 from convattn.compare.display import Display
 from convattn.compare.options import (
-    PREFIX,
     Options,
     Variants,
     backbone_of,
@@ -52,12 +52,13 @@ from convattn.data import (
     overview,
     split,
 )
+from convattn.data.listing import PREFIX, PREPARING
 from convattn.errors import ComparisonError, DamagedFile, DataError, InvalidOption, RunFailed
 from convattn.tables import aligned
 from convattn.train import RunSpec, evaluation_shape, finished, functions, repair, start_accuracy
 from convattn.train.checkpoint import BASELINE
 from convattn.train.controls import NOISE
-from convattn.train.run import RESULT, RUNS
+from convattn.train.store import RESULT, RUNS
 
 START, RESULTS = "start.json", reporting.RESULTS
 LOOKING = "Looking for images that show the same ..."
@@ -238,9 +239,8 @@ def _prepared(options: Options, source: Source, folder: Path, display: Display) 
 
     The folder is there only if everything in the request is right.
     """
-    parts = {"val_as_test": options.val_as_test, "folds": options.folds is not None}
     # an archive is unpacked only where it is needed
-    listing = None if source.is_archive else source.listing(folder, **parts)
+    listing = None if source.is_archive else _listing(options, source, folder)
     fingerprints = {
         "images": source.fingerprint(listing),
         "weights": fingerprint_of(options.weights),
@@ -250,12 +250,12 @@ def _prepared(options: Options, source: Source, folder: Path, display: Display) 
     modules = [entry.name.rpartition(":")[0] for entry in options.own if own_code.is_named(entry.name)]
     if modules:
         fingerprints["modules"] = fingerprint_of(*modules)
-    known = folders.check(folder, options, fingerprints)
-    options = _with_threads(options, folders.read_plan(folder)["threads"] if known else None, folder)
+    begun = folders.check(folder, options, fingerprints)
+    options = _with_threads(options, folders.read_plan(folder)["threads"] if begun else None, folder)
     rounds.check(folder, options.seeds, options.max_seeds)
-    if known:
+    if begun:
         # a process that was killed between its last steps leaves both
-        (folder / folders.PREPARING).unlink(missing_ok=True)
+        (folder / PREPARING).unlink(missing_ok=True)
         folders.clear(folder)
         for run_folder in sorted((folder / RUNS).glob("*/")):
             for line in repair(run_folder):
@@ -265,13 +265,17 @@ def _prepared(options: Options, source: Source, folder: Path, display: Display) 
         images = _intact_images(folder, display)
         if images is not None and (len(images.pixels) or _is_complete(options, folder)):
             return options, images
-    with contextlib.nullcontext() if known else folders.preparing(folder, options, fingerprints):
+    with contextlib.nullcontext() if begun else folders.preparing(folder, options, fingerprints):
         images = _decoded(options, source, listing, folder, display)
     for file in images.left_out[:MOST_NAMED]:
         display.warn(f"left out {file.path}: {file.reason}")
     if len(images.left_out) > MOST_NAMED:
         display.warn(f"left out {len(images.left_out) - MOST_NAMED:,} more files, which the report names.")
     return options, images
+
+
+def _listing(options: Options, source: Source, folder: Path) -> Listing:
+    return source.listing(folder / folders.UNPACKED, val_as_test=options.val_as_test, folds=options.folds is not None)
 
 
 def _with_threads(options: Options, recorded: int | None, folder: Path) -> Options:
@@ -296,9 +300,7 @@ def _intact_images(folder: Path, display: Display) -> Images | None:
 def _decoded(options: Options, source: Source, listing: Listing | None, folder: Path, display: Display) -> Images:
     folders.clear(folder)
     try:
-        if listing is None:
-            parts = {"val_as_test": options.val_as_test, "folds": options.folds is not None}
-            listing = source.listing(folder / folders.UNPACKED, **parts)
+        listing = listing or _listing(options, source, folder)
         network = backbone_of(options, len(listing.classes))
         wanted = getattr(network, "input_size", None)
         size = options.image_size or default_size(listing, wanted)
@@ -336,8 +338,8 @@ def _is_complete(options: Options, folder: Path) -> bool:
     runs = [run for name in options.names for run in runs_of(folder, name, options)]
     if options.tune and not tuning.are_done(options.names, options.learning_rate, folder):
         return False
-    known = [files.read_intact(folder / name) for name in (START, timing.COST, leaks.LEAKS)]
-    return all(finished(run) is not None for run in runs) and all(content is not None for content in known)
+    contents = [files.read_intact(folder / name) for name in (START, timing.COST, leaks.LEAKS)]
+    return all(finished(run) is not None for run in runs) and all(content is not None for content in contents)
 
 
 def _check_forward(network: torch.nn.Module, images: Images, name: str) -> None:
@@ -360,9 +362,8 @@ def _carried_out(options: Options, images: Images, folder: Path, display: Displa
     network = backbone_of(options, len(images.classes))
     like = network if options.builds else None
     if options.jobs is None:
-        options = replace(
-            options, jobs=limits.default_jobs(options, limits.memory_of_run(options, images.size, network))
-        )
+        memory = limits.memory_of_run(options, len(images.labels), images.size, network)
+        options = replace(options, jobs=limits.default_jobs(options, memory))
     firsts = specs(replace(options, seeds=1), like)[: len(options.names)]
     parts = overview(images, options.folds)
     tests = len(parts.test)
@@ -388,7 +389,7 @@ def _carried_out(options: Options, images: Images, folder: Path, display: Displa
     )
     if options.tune:
         options = _tuned(options, firsts, images, folder, display)
-    taken = _rounds(options, images, folder, display, like)
+    taken = _rounds(options, images, folder, display, like, groups)
     torch.set_num_threads(cores)
     if files.read_intact(folder / timing.COST) is None:
         display.say("Measuring what each variant costs ...")
@@ -418,7 +419,12 @@ def _tuned(options: Options, firsts: Sequence[RunSpec], images: Images, folder: 
 
 
 def _rounds(
-    options: Options, images: Images, folder: Path, display: Display, like: torch.nn.Module | None
+    options: Options,
+    images: Images,
+    folder: Path,
+    display: Display,
+    like: torch.nn.Module | None,
+    groups: np.ndarray | None,
 ) -> rounds.Looks:
     """Train all runs, and go on seed by seed until everything is decided where that was asked for; the looks taken.
 
@@ -426,7 +432,6 @@ def _rounds(
     """
     taken = rounds.looks(folder, options.max_seeds)
     ended = dict(taken.ended) if options.until else {}
-    groups = leaks.units(images, options.folds, leaks.search(images, options.folds, folder))
     seeds = max(options.seeds, *taken.seeds, 1) if options.until else options.seeds
     while True:
         now = replace(options, seeds=seeds, ended=ended)

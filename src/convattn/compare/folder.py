@@ -19,19 +19,17 @@ from convattn import checks, files
 from convattn.compare.leaks import LEAKS
 from convattn.compare.options import NOT_HASHED, Options
 from convattn.data import ARRAY, INDEX
+from convattn.data.listing import LOCK, PLAN, PREPARING
 from convattn.errors import ComparisonError, DamagedFile
-from convattn.train.run import RUNS
+from convattn.train.store import RUNS
 
-PLAN = "plan.json"
 # of the files in a folder; earlier ones had no checksums, and their runs were of other thread counts
 SCHEMA = 2
-# there from the first file to the plan: a folder that has it was left in between and is begun anew
-PREPARING = "preparing"
 UNPACKED = "unpacked"
 # the files that are made before the plan is written
 MADE = (ARRAY, INDEX, LEAKS)
-# what a process that works in the folder holds, and what it says of itself
-LOCK, ACTIVITY = "convattn.lock", "activity.json"
+# what a process that works in the folder says of itself
+ACTIVITY = "activity.json"
 
 
 def check(folder: Path, options: Options, fingerprints: dict[str, str | None]) -> bool:
@@ -174,7 +172,10 @@ def tell_runs(folder: Path, runs: int, already: int) -> None:
 
 @contextlib.contextmanager
 def preparing(folder: Path, options: Options, fingerprints: dict[str, str | None]) -> Iterator[None]:
-    """Make a new comparison of what is put into its folder; on any error nothing of it is left."""
+    """Make a new comparison of what is put into its folder; on any error nothing of it is left.
+
+    `PREPARING` is there from the first file to the plan: a folder that has it was left in between and is begun anew.
+    """
     (folder / PREPARING).touch()
     # what a killed process left may be of other data
     for name in MADE:

@@ -31,8 +31,8 @@ def search(images: Images, folds: int | None, folder: Path) -> dict[str, Any]:
     images have of duplicates among themselves, see `_clusters`.
     """
     path = folder / LEAKS
-    known = files.read_intact(path)
-    if known is None:
+    duplicates = files.read_intact(path)
+    if duplicates is None:
         every = [split(images, 0, fold=fold, folds=folds) for fold in ([None] if folds is None else range(folds))]
         pairs = [
             pair
@@ -41,9 +41,9 @@ def search(images: Images, folds: int | None, folder: Path) -> dict[str, Any]:
         ]
         pairs.sort(key=lambda pair: (not pair.exact, -pair.similarity))
         tests = overview(images, folds).test
-        known = _told(images, pairs) | {"within": _clusters(images, tests)}
-        files.write_json(path, known)
-    return known
+        duplicates = _told(images, pairs) | {"within": _clusters(images, tests)}
+        files.write_json(path, duplicates)
+    return duplicates
 
 
 def units(images: Images, folds: int | None, duplicates: dict[str, Any]) -> np.ndarray | None:

@@ -67,10 +67,10 @@ def needs(options: Options, images: int, size: int, network: nn.Module, folder: 
         InvalidOption: more than the machine has, with the figure.
     """
     disk = _check_disk(options, images, size, network, folder)
-    memory = memory_of_run(options, size, network)
+    memory = memory_of_run(options, images, size, network)
     if options.device == "cpu" and memory / 2 > total_memory():
         raise InvalidOption(
-            f"compare: a training step of {options.batch_size:,} images of {size} pixels needs about "
+            f"compare: a training step of {min(options.batch_size, images):,} images of {size} pixels needs about "
             f"{files.size(memory)} of memory, and this machine has {files.size(total_memory())}: lower --batch-size or "
             f"--image-size."
         )
@@ -114,9 +114,10 @@ def _check_disk(options: Options, images: int, size: int, network: nn.Module, fo
     return needed
 
 
-def memory_of_run(options: Options, size: int, network: nn.Module) -> int:
-    """The bytes of memory that a run takes, estimated from the maps of a forward pass."""
-    return PROCESS_BYTES + COPIES * _weight_bytes(network) + _map_bytes(network, options.batch_size, size)
+def memory_of_run(options: Options, images: int, size: int, network: nn.Module) -> int:
+    """The bytes of memory that a run takes, estimated from the maps of a forward pass of a batch."""
+    batch = min(options.batch_size, images)
+    return PROCESS_BYTES + COPIES * _weight_bytes(network) + _map_bytes(network, batch, size)
 
 
 def _check_time(options: Options, images: int, size: int, network: nn.Module, jobs: int) -> float:

@@ -20,6 +20,7 @@ from convattn.attachment.plans import own_entry
 from convattn.compare import controls as control
 from convattn.compare import tuning
 from convattn.compare.rounds import UNTIL
+from convattn.data.listing import PREFIX
 from convattn.errors import InvalidOption
 from convattn.networks import IMAGENET_MEAN, IMAGENET_STD
 from convattn.nn.base import STARTS
@@ -44,9 +45,7 @@ SMALLEST_GAIN = 0.5
 Variants = str | Callable[..., Any] | Sequence[str | Callable[..., Any]] | Mapping[str, Callable[..., Any]]
 # what a training function of the user has no use for
 OF_OUR_TRAINING = ("tune", "audit_selection", "gate_learning_rate", "epochs", "learning_rate", "weight_decay", "flip")
-# of the folders that comparisons make
-PREFIX = "convattn-"
-# of letters of the name of the data in it: file systems take about 255 bytes
+# of letters of the name of the data in that of a folder: file systems take about 255 bytes
 LONGEST_NAME = 60
 # it becomes the name of a folder
 NAME = re.compile(r"[\w.+-]+")

@@ -30,7 +30,7 @@ from convattn.compare.rounds import Looks
 from convattn.data import Images, Split, fold_of, overview
 from convattn.train import finished, functions, run_name
 from convattn.train.checkpoint import BASELINE
-from convattn.train.run import RUNS
+from convattn.train.store import RUNS
 
 SCHEMA = 2
 CONFIDENCE = 0.95

@@ -12,10 +12,11 @@ from convattn.compare import folder as folders
 from convattn.compare.controls import expanded
 from convattn.compare.display import duration
 from convattn.compare.rounds import LOOKS
+from convattn.data import listing
 from convattn.errors import ComparisonError
 from convattn.train import run_name
 from convattn.train.checkpoint import BASELINE
-from convattn.train.run import ERROR, LOG, PLAN, RESULT, RUNS, TRIAL
+from convattn.train.store import ERROR, LOG, PLAN, RESULT, RUNS, TRIAL
 
 
 def status(folder: str | Path) -> list[str]:
@@ -28,10 +29,10 @@ def status(folder: str | Path) -> list[str]:
     if not folder.is_dir():
         raise ComparisonError(f"{checks.shown(folder)} is no folder: give that of a comparison.")
     about = folders.activity(folder)
-    if about is None and not (folder / folders.PLAN).exists():
+    if about is None and not (folder / listing.PLAN).exists():
         raise ComparisonError(f"{checks.shown(folder)} holds no comparison: give the folder of one.")
     lines = [_at_work(about, complete=_is_complete(folder))]
-    if not (folder / folders.PLAN).exists():
+    if not (folder / listing.PLAN).exists():
         return [*lines, "The images are being decoded; no run has begun."]
     options = folders.read_plan(folder)["options"]
     return [*lines, *_runs(folder, options, about or {}), *_looks(folder)]

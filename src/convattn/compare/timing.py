@@ -31,9 +31,9 @@ def measure(options: Options, specs: list[RunSpec], images: Images, folder: Path
     the number of threads that they were measured with, and which of the times are `unclear`.
     """
     path = folder / COST
-    known = files.read_intact(path)
-    if known is not None:
-        return known["networks"]  # type: ignore[no-any-return]
+    measured = files.read_intact(path)
+    if measured is not None:
+        return measured["networks"]  # type: ignore[no-any-return]
     threads = torch.get_num_threads()
     torch.set_num_threads(threads)
     device = torch.device(options.device)
@@ -42,7 +42,7 @@ def measure(options: Options, specs: list[RunSpec], images: Images, folder: Path
     size = min(options.batch_size, len(first.split.train))
     x = torch.randn(size, 3, images.size, images.size, device=device)
     labels = torch.randint(0, len(images.classes), (size,), device=device)
-    found = {
+    costs = {
         name: _sizes(run.network, x[:1]) | {"latency": {"threads": threads, "unclear": []}}
         for name, run in runs.items()
     }
@@ -55,21 +55,21 @@ def measure(options: Options, specs: list[RunSpec], images: Images, folder: Path
         steps = {name: step(run) for name, run in runs.items()}
         times, ratios = cost.interleaved(steps, repeats=ROUNDS, seconds=SECONDS, device=device)
         for name in runs:
-            latency = found[name]["latency"]
+            latency = costs[name]["latency"]
             latency |= {f"{kind}_ms": asdict(times[name]), f"{kind}_ratio": asdict(ratios[name])}
             if not _is_clear(ratios[name], name not in options.builds):
                 latency["unclear"].append(kind)
             if kind == "inference_batch":
                 latency |= _throughput(times[name], ratios[name], size)
     for name, run in runs.items():
-        found[name]["peak_bytes"] = _peak_bytes(run, x, labels)
-    files.write_json(path, {"networks": found})
-    return found
+        costs[name]["peak_bytes"] = _peak_bytes(run, x, labels)
+    files.write_json(path, {"networks": costs})
+    return costs
 
 
 def note(costs: Mapping[str, Any]) -> str | None:
     """What is to be said where times cannot be told, and how to measure them again; None where all are clear."""
-    names = [name for name, found in costs.items() if found["latency"]["unclear"]]
+    names = [name for name, measured in costs.items() if measured["latency"]["unclear"]]
     if not names:
         return None
     return (

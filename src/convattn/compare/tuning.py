@@ -16,7 +16,7 @@ from typing import Any
 from convattn.train import RunSpec, finished, trial_name
 from convattn.train.checkpoint import BASELINE
 from convattn.train.controls import NOISE
-from convattn.train.run import RUNS
+from convattn.train.store import RUNS
 
 TUNE = ("lr",)
 # a decade to both sides, evenly on a logarithmic scale, as Bengio (2012, arXiv:1206.5533) advises
@@ -121,13 +121,13 @@ def _means(found: Sequence[Sequence[Mapping[str, Any]]], key: str) -> list[float
 
 
 def _warnings(networks: Sequence[Mapping[str, Any]], tried: Sequence[float]) -> Iterator[str]:
-    lost = [one["name"] for one in networks if set(one["validation_accuracy"]) == {None}]
+    lost = [network["name"] for network in networks if set(network["validation_accuracy"]) == {None}]
     if lost:
         yield (
             f"The training of {', '.join(lost)} diverged at every learning rate from {tried[0]:g} to {tried[-1]:g}, "
             f"and the lowest is taken: lower --learning-rate, which is in their middle."
         )
-    networks = [one for one in networks if one["name"] not in lost]
+    networks = [network for network in networks if network["name"] not in lost]
     for edge, which in ((tried[0], "lower"), (tried[-1], "higher")):
         here = [one["name"] for one in networks if one["learning_rate"] == edge]
         if here:

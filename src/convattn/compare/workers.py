@@ -18,7 +18,7 @@ from convattn import checks, files
 from convattn.data import Images
 from convattn.errors import ConvattnError, InvalidOption, RunFailed
 from convattn.train import Progress, RunSpec, describe, execute, finished
-from convattn.train.run import ERROR, RUNS
+from convattn.train.store import ERROR, RUNS
 
 
 def run_all(
@@ -34,7 +34,7 @@ def run_all(
         if finished(folder / RUNS / spec.name) is None:
             waiting.append(spec)
         else:
-            describe(spec, folder / RUNS / spec.name)
+            describe(folder / RUNS / spec.name, spec.plan())
     if jobs == 1 or len(waiting) == 1:
         for spec in waiting:
             _execute(spec, images, folder, watch)

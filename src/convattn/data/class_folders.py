@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from convattn import checks
-from convattn.data.listing import PARTS, Found, LeftOut, Listing, is_comparison, is_image, why_no_image
+from convattn.data.listing import PARTS, PREFIX, Found, LeftOut, Listing, is_comparison, is_image, why_no_image
 from convattn.errors import DataError
 
 # left by file managers, never meant
@@ -99,7 +99,7 @@ class Tree:
             elif not is_comparison(path):
                 content.folders.append(path)
             # the customary name: everybody knows what it is
-            elif not entry.name.startswith("convattn-"):
+            elif not entry.name.startswith(PREFIX):
                 self.left_out[path] = "a comparison of convattn"
         return content
 

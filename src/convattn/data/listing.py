@@ -11,6 +11,10 @@ import numpy as np
 from convattn import checks
 from convattn.errors import DataError
 
+# by these a folder is known to be that of a comparison, even before it has anything else
+PLAN, PREPARING, LOCK = "plan.json", "preparing", "convattn.lock"
+# and by this its customary name
+PREFIX = "convattn-"
 PARTS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 # Pillow only recognises these (stubs), or starts another program for them (Ghostscript for EPS)
 UNSAFE_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -98,9 +102,9 @@ def why_no_image(path: Path) -> str:
 def is_comparison(folder: Path) -> bool:
     """Whether a folder is a comparison of convattn, finished or not."""
     with contextlib.suppress(OSError):
-        if (folder / "preparing").is_file() or (folder / "convattn.lock").is_file():
+        if (folder / PREPARING).is_file() or (folder / LOCK).is_file():
             return True
-        return (folder / "plan.json").is_file() and any((folder / name).exists() for name in ("runs", "images.json"))
+        return (folder / PLAN).is_file() and any((folder / name).exists() for name in ("runs", "images.json"))
     return False
 
 

@@ -12,14 +12,15 @@ from typing import Any
 
 from convattn import files
 from convattn.checks import reason
+from convattn.data.listing import PLAN, PREPARING
 from convattn.errors import ComparisonError, ConvattnError, DamagedFile
 
 __all__ = ["redraw", "write"]
 
 NAME, CSV, MARKDOWN = "report.html", "results.csv", "results.md"
 RESULTS = "results.json"
-# what a comparison writes first: see `compare.folder`
-BEGUN = ("plan.json", "preparing")
+# what a comparison writes first
+BEGUN = (PLAN, PREPARING)
 
 
 def write(results: Mapping[str, Any], folder: Path) -> Path:

@@ -1,21 +1,10 @@
-"""One run in a folder of its own: the folder is the state, and killing the process loses at most a minute.
-
-plan.json            what the run is
-log.jsonl            a line for every epoch
-checkpoint.pt        where it stands, with the weights of the best epoch so far; gone when it is done
-previous.pt          the checkpoint before that one, for where that one is damaged; gone when it is done
-weights.safetensors  the chosen network, for `convattn show`
-predictions.npz      class probabilities of validation and test images, by path
-result.json          scores, and the digests of the two files before; written last
+"""One run in a folder of its own (`store`): it is the state, and killing the process loses at most a minute.
 
 A training that diverges is no error: its run ends there, and is scored by its best epoch before, or by chance.
 """
 
-import hashlib
 import io
-import json
 import math
-import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -33,18 +22,21 @@ from convattn.errors import DamagedFile
 from convattn.train import checkpoint, functions
 from convattn.train.gates import departures
 from convattn.train.recipe import LONGEST_GRADIENT, Recipe
+from convattn.train.store import (
+    CHECKPOINT,
+    LOG,
+    PREDICTIONS,
+    PREVIOUS,
+    RESULT,
+    WEIGHTS,
+    clean_up,
+    describe,
+    finished,
+    log_lines,
+    run_name,
+    trial_name,
+)
 
-# where the folders of the runs are in that of a comparison
-RUNS = "runs"
-# what the names of trials of a learning rate begin with
-TRIAL = "trial-"
-PLAN, LOG, RESULT = "plan.json", "log.jsonl", "result.json"
-CHECKPOINT, PREVIOUS = "checkpoint.pt", "previous.pt"
-WEIGHTS, PREDICTIONS = "weights.safetensors", "predictions.npz"
-# bytes of the name of a variant in that of a folder, which file systems let have about 255, and letters of a longer one
-LONGEST_NAME, SHORTENED = 150, 32
-# why a run broke, until it goes on
-ERROR = "error.txt"
 # how much more probable the class is that a guess takes: enough to be the highest in single precision
 CHANCE_MARGIN = 1e-3
 SECONDS_BETWEEN_CHECKPOINTS = 60
@@ -96,20 +88,6 @@ class RunSpec:
     def labels(self) -> dict[str, str]:
         """Where the user's own modules are from."""
         return {one.name: functions.label(one.source) for one in self.own}
-
-
-def run_name(variant: str, seed: int, fold: int | None = None) -> str:
-    """The name of the folder of a run."""
-    # no colon: Windows takes none in a file's name; and no path, in which a module of one's own may be
-    plain = re.sub(r"[:/\\]", "-", variant)
-    if len(plain.encode()) > LONGEST_NAME:
-        plain = f"{plain[:SHORTENED]}-{hashlib.blake2b(plain.encode(), digest_size=8).hexdigest()}"
-    return f"{plain}-seed{seed}" + ("" if fold is None else f"-fold{fold}")
-
-
-def trial_name(variant: str, seed: int, rate: float) -> str:
-    """The name of the folder of a trial of a learning rate."""
-    return f"{TRIAL}{run_name(variant, seed)}-rate{rate:g}"
 
 
 @dataclass(frozen=True)
@@ -347,7 +325,7 @@ class Run:
     def _leave(self, result: dict[str, Any]) -> dict[str, Any]:
         """Write the result, which makes the run a finished one, and remove what only an unfinished one needs."""
         files.write_json(self.folder / RESULT, result)
-        _clean_up(self.folder)
+        clean_up(self.folder)
         # as it comes back from the file
         return finished(self.folder) or {}
 
@@ -391,101 +369,12 @@ def execute(spec: RunSpec, images: Images, folder: Path, watch: Callable[[Progre
         return result
     torch.set_num_threads(spec.threads)
     folder.mkdir(parents=True, exist_ok=True)
-    describe(spec, folder)
+    describe(folder, spec.plan())
     run = Run(spec, images, folder)
     if spec.train is not None:
         return run.train_by_function(spec.train, watch)
     run.restore()
     return run.try_out(watch) if spec.trial else run.complete(watch)
-
-
-def finished(folder: Path) -> dict[str, Any] | None:
-    """The result of a run that is done, else None.
-
-    Raises:
-        DamagedFile: the result is not what was written; see `repair`.
-    """
-    return files.read_json(folder / RESULT)
-
-
-def verified(folder: Path) -> dict[str, Any] | None:
-    """The result of a run that is done, else None, once what belongs to it was read and found to be what was written.
-
-    Raises:
-        DamagedFile: the result, its predictions or its weights are not; or the predictions are missing.
-    """
-    result = finished(folder)
-    for name, digest in (result or {}).get("files", {}).items():
-        path = folder / name
-        if not path.exists() and name == PREDICTIONS:
-            raise DamagedFile(f"{path} is missing.")
-        if path.exists() and files.digest(path) != digest:
-            raise DamagedFile(f"{path} is damaged (its checksum is wrong).")
-    return result
-
-
-def describe(spec: RunSpec, folder: Path) -> None:
-    """Write down what a run is, where that is missing or damaged."""
-    if files.read_intact(folder / PLAN) is None:
-        files.write_json(folder / PLAN, spec.plan())
-
-
-def repair(folder: Path) -> list[str]:
-    """Remove what is damaged in the folder of a run, so that it is made again, and what a killed process left.
-
-    A result that is damaged, or that lacks its predictions, is a run to train anew; weights may have been removed to
-    make room. What follows from the result is written again where it is something else.
-
-    Returns:
-        A sentence about each damaged file.
-    """
-    if not folder.is_dir():
-        return []
-    files.remove_partial(folder)
-    try:
-        result = verified(folder)
-    except DamagedFile as error:
-        for name in (RESULT, WEIGHTS, PREDICTIONS, LOG):
-            (folder / name).unlink(missing_ok=True)
-        return [f"{error} The run is trained again."]
-    if result is None:
-        return _remove_damaged_checkpoints(folder)
-    _clean_up(folder)
-    if result["history"] and _text(folder / LOG) != log_lines(result["history"]):
-        files.write(folder / LOG, log_lines(result["history"]))
-    return []
-
-
-def log_lines(history: list[dict[str, float]]) -> str:
-    """The log of a run: an object in JSON on a line for each epoch."""
-    return "".join(json.dumps(line) + "\n" for line in history)
-
-
-def _remove_damaged_checkpoints(folder: Path) -> list[str]:
-    """Remove the checkpoints that are not what was written; a sentence about each."""
-    damaged: dict[str, DamagedFile] = {}
-    for name in (CHECKPOINT, PREVIOUS):
-        try:
-            files.read_sealed(folder / name)
-        except DamagedFile as error:
-            damaged[name] = error
-            (folder / name).unlink()
-    left = [name for name in (CHECKPOINT, PREVIOUS) if (folder / name).exists()]
-    then = f"goes on from {left[0]}" if left else "begins anew"
-    return [f"{error} The run {then}." for error in damaged.values()]
-
-
-def _clean_up(folder: Path) -> None:
-    """Remove what only an unfinished run needs."""
-    for name in (CHECKPOINT, PREVIOUS, ERROR):
-        (folder / name).unlink(missing_ok=True)
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None
 
 
 def start_accuracy(spec: RunSpec, images: Images) -> float:
