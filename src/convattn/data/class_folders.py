@@ -52,9 +52,9 @@ class Tree:
         entered = {os.path.realpath(path) for path in folder.parents}
         waiting = [folder]
         while waiting:
-            here = waiting.pop()
-            entered.add(os.path.realpath(here))
-            content = self.content(here)
+            current = waiting.pop()
+            entered.add(os.path.realpath(current))
+            content = self.content(current)
             files += content.files
             again = [path for path in content.folders if os.path.realpath(path) in entered]
             self.left_out.update(dict.fromkeys(again, "a link to a folder that is read already"))
@@ -180,23 +180,23 @@ def _too_few_classes(tree: Tree, parent: Path) -> DataError:
 def _check_parts(tree: Tree, top: Path, folders: list[Path]) -> None:
     named = [folder.name for folder in folders if folder.name.lower() in PARTS]
     other = [folder.name for folder in folders if folder.name.lower() not in PARTS]
-    here, listed = tree.shown(top), ", ".join(named)
+    name, listed = tree.shown(top), ", ".join(named)
     if other:
         raise DataError(
-            f"{here} has the folder {checks.printable(other[0])!r} beside {listed}: is it a class, or another part?"
+            f"{name} has the folder {checks.printable(other[0])!r} beside {listed}: is it a class, or another part?"
         )
     if "train" not in map(str.lower, named):
-        raise DataError(f"{here} has {listed} but no train folder.{tree.hint()}")
+        raise DataError(f"{name} has {listed} but no train folder.{tree.hint()}")
     if len({PARTS[name.lower()] for name in named}) < len(named):
-        raise DataError(f"{here} has two folders for one part: {listed}.")
+        raise DataError(f"{name} has two folders for one part: {listed}.")
 
 
 def _count_unlabelled(tree: Tree, folder: Path, classes: list[str]) -> int:
     """How many images a part has that is without class folders, as Kaggle publishes test images; 0 if it has some."""
     folders = tree.content(folder).folders
     # a class in other letters is more likely misspelt
-    known = {name.casefold() for name in classes}
-    if len(folders) > 1 or any(inner.name.casefold() in known for inner in folders):
+    class_names = {name.casefold() for name in classes}
+    if len(folders) > 1 or any(inner.name.casefold() in class_names for inner in folders):
         return 0
     return sum(map(is_image, tree.files(folder)))
 
@@ -207,10 +207,10 @@ def _note_on_unlabelled(part: str, count: int) -> str:
 
 
 def _check_classes(tree: Tree, folder: Path, train: Path, classes: list[str]) -> None:
-    here = {inner.name for inner in tree.content(folder).folders}
+    own = {inner.name for inner in tree.content(folder).folders}
     # a class that only training has can be learned; one that it lacks cannot, and is often the other one misspelt
-    if here - set(classes):
-        odd = sorted(here ^ set(classes))
+    if own - set(classes):
+        odd = sorted(own ^ set(classes))
         raise DataError(
             f"{tree.shown(folder)} and {tree.shown(train)} differ in the class folders "
             f"{', '.join(map(checks.printable, odd[:5]))}.{tree.hint()}"

@@ -301,12 +301,12 @@ def _similarity(
     starts = torch.tensor([_start(window, other) for window, other, _ in VIEWS])
     mirrored = np.array([mirror for _, _, mirror in VIEWS])
     for first in range(0, len(rows), PAIRS):
-        here = slice(first, first + PAIRS)
-        fixed = ours[rows[here]].astype(np.float32)
-        moving = theirs[columns[here]].astype(np.float32)
-        flip = mirrored[views[here]]
+        block = slice(first, first + PAIRS)
+        fixed = ours[rows[block]].astype(np.float32)
+        moving = theirs[columns[block]].astype(np.float32)
+        flip = mirrored[views[block]]
         moving[flip] = moving[flip, :, ::-1]
-        similarity[here] = _aligned(torch.from_numpy(fixed), torch.from_numpy(moving), starts[views[here]])
+        similarity[block] = _aligned(torch.from_numpy(fixed), torch.from_numpy(moving), starts[views[block]])
     return similarity
 
 
@@ -314,8 +314,8 @@ def _start(ours: Window, theirs: Window) -> tuple[float, float, float, float]:
     """The map from one window onto the other, see `_align`."""
     scale = theirs[2] / ours[2]
     down, right = (
-        (there + theirs[2] / 2) / 16 - 1 - scale * ((here + ours[2] / 2) / 16 - 1)
-        for here, there in zip(ours[:2], theirs[:2], strict=True)
+        (to + theirs[2] / 2) / 16 - 1 - scale * ((at + ours[2] / 2) / 16 - 1)
+        for at, to in zip(ours[:2], theirs[:2], strict=True)
     )
     return scale - 1, 0.0, right, down
 
@@ -395,8 +395,8 @@ def _thumbnails(pixels: np.ndarray, indices: np.ndarray) -> np.ndarray:
     thumbnails = np.empty((len(indices), SIDE, SIDE), dtype=np.float16)
     size = max(1, PIXELS // max(1, int(np.prod(pixels.shape[1:]))))
     for start in range(0, len(indices), size):
-        here = slice(start, start + size)
-        thumbnails[here] = _cells(pixels[indices[here]], SIDE) @ BRIGHTNESS
+        block = slice(start, start + size)
+        thumbnails[block] = _cells(pixels[indices[block]], SIDE) @ BRIGHTNESS
     return thumbnails
 
 

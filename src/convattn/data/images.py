@@ -340,7 +340,7 @@ def _findings(listing: Listing, written: _Written, pixels: Any, digests: list[by
     for image, digest in zip(kept, digests, strict=True):
         by_class.setdefault(image.label, []).append(digest)
     alike = tuple(
-        listing.classes[label] for label, here in sorted(by_class.items()) if len(here) > 1 and len(set(here)) == 1
+        listing.classes[label] for label, same in sorted(by_class.items()) if len(same) > 1 and len(set(same)) == 1
     )
     return Findings(listing.notes, len(written.ranges), written.scale, written.pages, single, alike)
 
