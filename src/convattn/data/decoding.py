@@ -30,6 +30,8 @@ TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 NO_CONTENT = frozenset({0x01, *range(0xD0, 0xD8)})
 END = b"\xff\xd9"
+# of TIFF: kinds of an additional sample that are alpha
+PREMULTIPLIED, STRAIGHT = 1, 2
 # a photograph with a preview or a depth map behind it is one image, not a file of several pages
 ONE_IMAGE = {"MPO", "ICO", "ICNS", "CUR", "PSD"}
 # Exif orientation: how the pixels are turned to stand upright, as (transposed, rows reversed, columns reversed)
@@ -299,38 +301,41 @@ def _tiff(content: bytes) -> tuple[Deep | None, int]:
     # it writes what it finds odd to the log, and goes on
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     with reader.TiffFile(io.BytesIO(content)) as file:
-        pages, page = len(file.pages), file.pages[0]
-        signed = page.dtype is not None and page.dtype.kind == "i"
-        if page.bitspersample <= 8 and not signed:
-            return None, pages
-        if page.dtype is None or page.dtype.kind not in "iu":
-            raise ValueError(f"{page.bitspersample}-bit pixels of type {page.dtype} have no known range")
-        if page.photometric not in (
-            reader.PHOTOMETRIC.MINISWHITE,
-            reader.PHOTOMETRIC.MINISBLACK,
-            reader.PHOTOMETRIC.RGB,
-        ):
-            raise ValueError(f"{page.bitspersample}-bit pixels of {page.photometric.name} cannot be read")
-        _check_size(page.imagewidth, page.imagelength)
-        values = _channels_last(page.asarray(), page.axes)
-        alphas = [sample for sample in page.extrasamples if sample in (1, 2)]
-        colours = 3 if page.photometric == reader.PHOTOMETRIC.RGB else 1
-        if not alphas and colours == 1 and values.shape[2] > 1:
-            raise ValueError(f"an image of {values.shape[2]} channels without colours")
-        # what else there is, such as infrared, is no colour
-        values = values[..., : colours + bool(alphas)]
-        stored = (1 << page.bitspersample) - 1
-        tag = page.tags.get("MaxSampleValue")
-        highest = 0 if tag is None else int(np.max(tag.value))
-        # what a file is stored in says nothing: 16 bits hold 12 as well
-        bits = page.bitspersample if page.bitspersample % 8 else 0
-        bits = highest.bit_length() if 0 < highest < (1 << page.bitspersample) - 1 else bits
-        turn = page.tags.get("Orientation")
-        inverted = page.photometric == reader.PHOTOMETRIC.MINISWHITE
-        values = _upright(values, 1 if turn is None else int(turn.value))
-        # where 12 bits are stored in 16, alpha may use 12 as well
-        opaque = stored if alphas and values[..., -1].max() > (1 << int(values[..., :-1].max()).bit_length()) - 1 else 0
-        return Deep(values, bits, inverted, opaque, premultiplied=1 in alphas), pages
+        page = file.pages[0]
+        # bytes with a sign would be read as if they had none
+        is_deep = page.bitspersample > 8 or (page.dtype is not None and page.dtype.kind == "i")
+        return (_deep_page(page) if is_deep else None), len(file.pages)
+
+
+def _deep_page(page: Any) -> Deep:
+    """The page of a TIFF, as tifffile has it, whose samples are whole numbers of more than 8 bits, or with a sign."""
+    photometric, stored = page.photometric.name, (1 << page.bitspersample) - 1
+    if page.dtype is None or page.dtype.kind not in "iu":
+        raise ValueError(f"{page.bitspersample}-bit pixels of type {page.dtype} have no known range")
+    if photometric not in ("MINISWHITE", "MINISBLACK", "RGB"):
+        raise ValueError(f"{page.bitspersample}-bit pixels of {photometric} cannot be read")
+    _check_size(page.imagewidth, page.imagelength)
+    values = _channels_last(page.asarray(), page.axes)
+    alphas = [int(sample) for sample in page.extrasamples if sample in (PREMULTIPLIED, STRAIGHT)]
+    colours = 3 if photometric == "RGB" else 1
+    if not alphas and colours == 1 and values.shape[2] > 1:
+        raise ValueError(f"an image of {values.shape[2]} channels without colours")
+    # what else there is, such as infrared, is no colour
+    values = _upright(values[..., : colours + bool(alphas)], _tag(page, "Orientation", 1))
+    # what a file is stored in says nothing: 16 bits hold 12 as well
+    bits = page.bitspersample if page.bitspersample % 8 else 0
+    highest = _tag(page, "MaxSampleValue", 0)
+    bits = highest.bit_length() if 0 < highest < stored else bits
+    # where 12 bits are stored in 16, alpha may use 12 as well
+    uses_all = bool(alphas) and int(values[..., -1].max()).bit_length() > int(values[..., :-1].max()).bit_length()
+    opaque = stored if uses_all else 0
+    return Deep(values, bits, photometric == "MINISWHITE", opaque, premultiplied=PREMULTIPLIED in alphas)
+
+
+def _tag(page: Any, name: str, default: int) -> int:
+    """The value of a tag of a TIFF, the highest where it has several."""
+    tag = page.tags.get(name)
+    return default if tag is None else int(np.max(tag.value))
 
 
 def _check_size(width: int, height: int) -> None:
